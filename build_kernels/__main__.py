@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the pipeline: ``python -m build_kernels --help``."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from machete_aot.errors import MacheteError
+
+from . import abi
+from .catalogue import specializations
+from .check import check_kernels
+from .compile import compile_kernels
+from .configs import Specialization
+from .errors import BuildError
+from .release import release
+from .reproduce import reproduce
+
+_EPILOG = """\
+exit status: 0 done; 1 a kernel does not compile, fails a check or differs from the bundle, or gemm_params.h is out of
+date; 2 wrong usage; 3 a tool is missing or has the wrong version. MACHETE_AOT_NVCC names the nvcc to use.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.run
+    started = time.monotonic()
+    try:
+        command(options)
+    except BuildError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_status
+    except MacheteError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(f"done in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m build_kernels", description=__doc__, epilog=_EPILOG)
+    _add_build_options(parser)
+    parser.set_defaults(run=_build)
+    commands = parser.add_subparsers(title="commands (default: build)", metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
+        command.set_defaults(run=run)
+        return command
+
+    _add_build_options(add("build", _build, "generate, compile, check, and write the embedded bundle"))
+    _add_selection(add("check", _check, "check the kernels that were compiled last"))
+    _add_unfitted(add("pack", _pack, "check what was compiled last and write the embedded bundle"))
+    header = add("abi", _abi, "write csrc/kernels/gemm_params.h from machete_aot/abi.py")
+    header.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    again = add("reproduce", _reproduce, "compile kernels of the embedded bundle anew and compare digests")
+    amount = again.add_mutually_exclusive_group()
+    amount.add_argument("--sample", type=_positive, default=4, metavar="N", help="how many kernels (default 4)")
+    amount.add_argument("--all", action="store_true", help="every kernel")
+    again.add_argument("--seed", type=int, default=0, metavar="S", help="chooses the sample (default 0)")
+    _add_jobs(again)
+    return parser
+
+
+def _add_build_options(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    _add_unfitted(parser)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="only kernels whose id contains or (*, ?) matches it; no bundle is written"
+    )
+    _add_jobs(parser)
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=_positive, default=os.cpu_count(), metavar="N", help="parallel jobs (default: all cores)"
+    )
+
+
+def _add_unfitted(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-unfitted", action="store_true", help="accept schedules without coefficients in heuristic.json"
+    )
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+def _chosen(pattern: str | None) -> tuple[Specialization, ...]:
+    kernels = specializations()
+    if pattern is None:
+        return kernels
+    found = tuple(k for k in kernels if pattern in k.id or fnmatch.fnmatchcase(k.id, pattern))
+    if not found:
+        raise BuildError(f"--only {pattern} matches no kernel; there are", [k.id for k in kernels])
+    return found
+
+
+def _build(options: argparse.Namespace) -> None:
+    kernels = _chosen(options.only)
+    if not abi.header_is_current():
+        raise BuildError(f"{abi.HEADER} is out of date; run `python -m build_kernels abi`")
+    print(f"compiling {len(kernels)} kernels", flush=True)
+    compile_kernels(kernels, jobs=options.jobs)
+    if options.only is None:
+        _pack(options)
+    else:
+        _check(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    kernels = _chosen(options.only)
+    reports = check_kernels(kernels, jobs=options.jobs)
+    for name, report in reports.items():
+        print(f"{name}: {report.registers} registers")
+    print(f"{len(kernels)} kernels pass their checks")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    reports = check_kernels(specializations(), jobs=os.cpu_count())
+    path = release(reports, allow_unfitted=options.allow_unfitted)
+    print(f"{len(reports)} kernels pass their checks; wrote {path}, {path.stat().st_size} bytes")
+
+
+def _abi(options: argparse.Namespace) -> None:
+    if not options.check:
+        abi.write_header()
+    elif not abi.header_is_current():
+        raise BuildError(f"{abi.HEADER} is out of date; run `python -m build_kernels abi`")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from machete_aot.fetch import fetch_bundle
+
+    names = reproduce(fetch_bundle(), None if options.all else options.sample, options.seed, jobs=options.jobs)
+    print(f"{len(names)} kernels compile to the bundle's digests:", *names, sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

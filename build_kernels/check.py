@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every compiled kernel must satisfy before it may enter a bundle."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from machete_aot.abi import PARAMETERS
+
+from .configs import Specialization
+from .elf import Cubin, read_cubin
+from .errors import BuildError
+from .paths import BUILD
+from .toolchain import find_disassembler
+
+ELF_ABI = 8  # of cubins of CUDA 13
+
+REGISTERS_PER_SM = 65536
+REGISTER_GRANULE = 8  # registers of a thread are allocated in eights
+PARTITIONS = 4  # of an SM; each has a quarter of its registers and serves every fourth warp
+SHARED_PER_SM = 228 * 1024
+SHARED_PER_CTA = 227 * 1024
+SHARED_RESERVED = 1024  # of every CTA, by the system
+
+_QUIET_LOG = re.compile(
+    r"\d+ bytes gmem"
+    r"|Compiling entry function '\S+' for 'sm_90a'"
+    r"|Function properties for \S+"
+    r"|Used \d+ registers(, \S+ \d+ barriers?)?(, \d+ bytes (smem|cumulative stack size|[cl]mem\S*))*"
+    r"|Compile time = \S+ ms"
+)
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What ``ptxas -v`` said: bytes of stack, spills and static shared memory, and every line that is not routine."""
+
+    stack: int
+    spills: int
+    static_shared_memory: int
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A kernel that passed, with what the manifest says of it."""
+
+    registers: int
+    spills: int
+    static_shared_memory: int
+
+
+def parse_log(text: str) -> Log:
+    """Reads the output of ``ptxas -v``. Performance warnings come as "info", so all but known lines are remarks."""
+    stack = spills = static = 0
+    remarks = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        body = re.sub(r"^ptxas info\s*: ", "", line)
+        if frame := _FRAME.fullmatch(body):
+            stack += int(frame[1])
+            spills += int(frame[2]) + int(frame[3])
+        elif not _QUIET_LOG.fullmatch(body):
+            remarks.append(line)
+        elif shared := re.search(r"(\d+) bytes smem", body):
+            static += int(shared[1])
+    return Log(stack, spills, static, tuple(remarks))
+
+
+def matrix_shapes(cubin: Path) -> list[str]:
+    """The shape of every HGMMA (wgmma) instruction in a cubin, such as "64x8x16"."""
+    command = [str(find_disassembler()), "-c", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BuildError(f"nvdisasm cannot read {cubin}: {result.stderr.strip()}")
+    return re.findall(r"\bHGMMA\.(\d+x\d+x\d+)", result.stdout)
+
+
+def register_limit(threads: int, ctas_per_sm: int) -> int:
+    """The most registers a thread can have if that many CTAs are to be resident on an SM."""
+    warps = -(-threads // 32)
+    warps_of_partition = -(-warps * ctas_per_sm // PARTITIONS)
+    granules = REGISTERS_PER_SM // PARTITIONS // (32 * warps_of_partition) // REGISTER_GRANULE
+    return min(granules * REGISTER_GRANULE, 255)
+
+
+def shared_memory_problems(kernel: Specialization, static: int = 0) -> Iterator[str]:
+    """Splits whose shared memory exceeds what a CTA, or ``ctas_per_sm`` of them, can have."""
+    tile = kernel.tile
+    for split in kernel.splits:
+        if split not in tile.splits():
+            yield f"split {split} is not among the tile's splits {tile.splits()}"
+        used = tile.shared_memory(split) + static
+        if used > SHARED_PER_CTA:
+            yield f"split {split} needs {used} bytes of shared memory, limit {SHARED_PER_CTA}"
+        resident = tile.ctas_per_sm * (used + SHARED_RESERVED)
+        if resident > SHARED_PER_SM:
+            yield f"split {split}: {tile.ctas_per_sm} CTAs an SM need {resident} bytes of it, limit {SHARED_PER_SM}"
+
+
+def check_kernel(kernel: Specialization, folder: Path = BUILD) -> tuple[Report, list[str]]:
+    """Checks ``<id>.cubin`` and ``<id>.log`` in ``folder``; the list holds every problem found."""
+    path = folder / f"{kernel.id}.cubin"
+    log = parse_log((folder / f"{kernel.id}.log").read_text())
+    try:
+        cubin = read_cubin(path.read_bytes())
+    except ValueError as e:
+        return Report(0, 0, 0), [str(e)]
+    problems = [
+        *_log_problems(log),
+        *_cubin_problems(kernel, cubin),
+        *_instruction_problems(kernel, matrix_shapes(path)),
+        *shared_memory_problems(kernel, log.static_shared_memory),
+    ]
+    return Report(cubin.registers, log.spills, log.static_shared_memory), problems
+
+
+def check_kernels(
+    kernels: Sequence[Specialization], folder: Path = BUILD, jobs: int | None = None
+) -> dict[str, Report]:
+    """The report of each kernel by id. Raises BuildError that lists every problem of every kernel."""
+    missing = [k.id for k in kernels if not (folder / f"{k.id}.cubin").is_file()]
+    if missing:
+        raise BuildError(f"not compiled in {folder}; run `python -m build_kernels` first", missing)
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda k: check_kernel(k, folder), kernels))
+    problems = [f"{k.id}: {p}" for k, (_, found) in zip(kernels, results, strict=True) for p in found]
+    if problems:
+        raise BuildError("kernels fail their checks", problems)
+    return {k.id: report for k, (report, _) in zip(kernels, results, strict=True)}
+
+
+def _log_problems(log: Log) -> Iterator[str]:
+    if log.stack or log.spills:
+        yield f"stack frame of {log.stack} bytes, {log.spills} bytes of spills"
+    for remark in log.remarks:
+        yield f"ptxas says: {remark}"
+
+
+def _cubin_problems(kernel: Specialization, cubin: Cubin) -> Iterator[str]:
+    if cubin.abi != ELF_ABI:
+        yield f"ELF ABI {cubin.abi}, wanted {ELF_ABI}"
+    if cubin.entries != (kernel.symbol,):
+        yield f"entries {', '.join(cubin.entries) or 'none'}, wanted {kernel.symbol} alone"
+        return
+    if cubin.parameters != PARAMETERS:
+        yield f"parameters {cubin.parameters}, wanted {PARAMETERS} (machete_aot/abi.py)"
+    if cubin.max_threads != kernel.tile.threads:
+        yield f"launch bound of {cubin.max_threads} threads, wanted {kernel.tile.threads}"
+    if cubin.frame:
+        yield f"a stack frame of {cubin.frame} bytes"
+    limit = register_limit(kernel.tile.threads, kernel.tile.ctas_per_sm)
+    if not 0 < cubin.registers <= limit:
+        yield f"{cubin.registers} registers a thread, limit {limit} for {kernel.tile.ctas_per_sm} CTAs per SM"
+
+
+def _instruction_problems(kernel: Specialization, shapes: Sequence[str]) -> Iterator[str]:
+    wanted = f"64x{kernel.tile.tokens}x16"
+    if set(shapes) != {wanted}:
+        yield f"HGMMA instructions of shapes {', '.join(sorted(set(shapes))) or 'none'}, wanted {wanted} alone"

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads heuristic.json, the coefficients of the cost model that were fitted to a sweep on a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from machete_aot.config import ScheduleConfig, TypeConfig
+from machete_aot.decode import decode
+from machete_aot.manifest import Heuristic
+
+from .errors import BuildError
+from .paths import HEURISTIC
+
+_UNFITTED = Heuristic(version=1, source="none", device={}, coefficients={})
+
+
+def read_heuristic(path: Path = HEURISTIC) -> Heuristic:
+    """The fitted data; without a file, data that fit nothing. Raises BuildError if the file is not valid."""
+    if not path.is_file():
+        return _UNFITTED
+    problems: list[str] = []
+    try:
+        found = decode(Heuristic, json.loads(path.read_bytes()), "heuristic", problems)
+    except ValueError as e:
+        problems.append(str(e))
+    if problems:
+        raise BuildError(f"{path} is not valid; write it with the sweep's fit", problems)
+    assert isinstance(found, Heuristic)
+    return found
+
+
+def fitted_to(
+    heuristic: Heuristic, served: Sequence[tuple[TypeConfig, ScheduleConfig]], *, allow_unfitted: bool = False
+) -> Heuristic:
+    """The part of the data that concerns these types and schedules. Raises BuildError if some have no coefficients."""
+    coefficients: dict[str, dict[str, dict[str, float]]] = {}
+    missing = []
+    for types, schedule in served:
+        found = heuristic.coefficients.get(types.name, {}).get(schedule.name)
+        if found:
+            coefficients.setdefault(types.name, {})[schedule.name] = dict(found)
+        else:
+            missing.append(f"{types.name} {schedule.name}")
+    if missing and not allow_unfitted:
+        raise BuildError(
+            "schedules without coefficients in build_kernels/heuristic.json; fit them, or build with --allow-unfitted",
+            missing,
+        )
+    return Heuristic(heuristic.version, heuristic.source, dict(heuristic.device), coefficients)

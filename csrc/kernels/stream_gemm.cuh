@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// Family "stream": few tokens, where reading the weights is what takes the time.
+//   out[m, n] = sum over k of acts[m, k] * dequant(weights)[n, k] (+ bias[n])
+//
+// A CTA computes ROWS rows of n for TOKENS tokens over one K range. Its warpgroups divide the rows (ROW_WG) and K
+// (K_WG); the CTAs of a cluster share the rows and divide K again. All partial tiles of a row block meet through
+// (distributed) shared memory and are summed in a fixed order, so the result is deterministic.
+//   warps 0 .. WARPS-1   consumers: load words, convert, wgmma, reduce, store
+//   warp  WARPS          weight producer (one lane): fills the ring before earlier kernels have ended
+//   warp  WARPS+1        activation producer (one lane): waits for the earlier kernels first
+// What a step costs besides conversion and wgmma (wait, arrive, addresses) matters: at 8 tokens it can take as long as
+// the multiplications. Hence steps of 256 to 512 k and a consumer loop unrolled over the ring, so that every address is
+// a constant.
+#pragma once
+#include "epilogue.cuh"
+#include "ring.cuh"
+
+namespace machete {
+
+template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages>
+struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages> {
+  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages>;
+  static constexpr int THREADS = 32 * (Base::WARPS + 2);
+  static constexpr int LOG_K_WG = KWarpgroups == 1 ? 0 : KWarpgroups == 2 ? 1 : 2;
+  static constexpr int SLABS = Base::ROWS / 16;  // 16 rows of one warp in one block: the unit of the reduction
+  static constexpr int SLAB_BYTES = 16 * Tokens * 4;
+
+  // A worker is the set of warpgroups with one K range: worker = rank * K_WG + k_wg. Each owns SLABS / workers slabs
+  // and receives them from all other workers.
+  static constexpr uint32_t shared_memory(int split) {
+    const int workers = split * KWarpgroups;
+    return Base::RING_END + KWarpgroups * (workers - 1) * (SLABS / workers) * SLAB_BYTES;
+  }
+};
+
+enum { BARRIERS_READY = 1, PARTIALS_READY = 2 };  // named barriers
+
+template <class Types, class T>
+DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  launch_dependents();  // at the start: the next kernel's CTAs move in as soon as there is room, and fill their rings
+
+  // through a shuffle, so that the compiler knows the warp index, and all that follows from it, to be uniform
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int rank = cluster_rank(), log_split = 31 - __clz(cluster_size()), split = 1 << log_split;
+  const int log_workers = log_split + T::LOG_K_WG, workers = 1 << log_workers;
+  const int row0 = (blockIdx.x >> log_split) * T::ROWS, token0 = blockIdx.y * T::TOKENS;
+  if (row0 >= p.n) {  // padding: holds its SM's slot while the next kernel is placed, so that this kernel's CTAs
+    wait_for_predecessors();  // and the next one's are spread one to an SM; without it some SMs get two CTAs of a
+                              // kernel
+    return;
+  }
+  const int k_units = (p.k + UNIT_K - 1) / UNIT_K;
+  const int all_steps = (k_units + T::STEP_UNITS - 1) / T::STEP_UNITS;
+  const int step0 = all_steps * rank >> log_split, steps = (all_steps * (rank + 1) >> log_split) - step0;
+
+  const bool per_unit = scale_per_unit(p, k_units);
+
+  const Ring<T> ring{smem_address(smem)};
+  const uint32_t reduced = ring.extra_barrier();
+
+  if (warp == T::WARPS) {
+    if (elect_one()) {
+      ring.init_barriers();
+      mbar_init(reduced, 1);
+      mbar_init_fence();
+      if (split > 1)  // what other CTAs will send
+        mbar_expect(reduced, T::K_WG * (workers - T::K_WG) * (T::SLABS >> log_workers) * T::SLAB_BYTES);
+    }
+    __syncwarp();
+    barrier_arrive(BARRIERS_READY, T::THREADS);
+  } else {
+    barrier_sync(BARRIERS_READY, T::THREADS);
+  }
+  if (split > 1) cluster_arrive();  // peers may write into our reduction buffer from now on
+
+  const int row_wg = warp / 4 % T::ROW_WG, k_wg = warp / 4 / T::ROW_WG;
+  const int strip0 = row_wg * T::BLOCKS;  // the warpgroup's first 64-row strip in the tile
+  float acc[T::BLOCKS][T::TOKENS / 2];
+  if (warp == T::WARPS) {
+    if (elect_one()) {
+      const uint64_t policy = gridDim.y == 1 ? policy_evict_first() : policy_evict_normal();
+      WeightProducer<T> weights(p, row0, step0 * T::STEP_UNITS, k_units);
+      Position<T::STAGES> at{0, 1};  // parity 1: the first round passes at once, before anything is waited for
+      for (int step = 0; step < steps; step++) {
+        mbar_wait(ring.empty(at.slot), at.parity);
+        weights.load(ring, at.slot, policy);
+        at.advance();
+      }
+    }
+  } else if (warp == T::WARPS + 1) {
+    if (elect_one()) {
+      prefetch_tensor_map(&acts);
+      wait_for_predecessors();  // activations and output belong to earlier kernels until here; stores depend on these
+                                // loads
+      Position<T::STAGES> at{0, 1};
+      for (int step = 0; step < steps; step++) {
+        mbar_wait(ring.empty(at.slot), at.parity);
+        load_acts(ring, at.slot, acts, p.flags, token0, (step0 + step) * T::STEP_UNITS);
+        at.advance();
+      }
+    }
+  } else {
+    const uint32_t my_words =
+        ring.weights(0) + strip0 * T::STRIP_BYTES + k_wg * T::UNITS * UNIT_BYTES + threadIdx.x % 128 * 16;
+    const uint32_t my_scales =
+        ring.scales(0) + k_wg * T::UNITS * T::SCALE_ROW + (strip0 * 64 + warp % 4 * 16 + lane / 4) * 2;
+    const uint64_t my_acts = wgmma_descriptor(ring.acts(0) + k_wg * T::UNITS * T::ACTS_TILE);
+#pragma unroll
+    for (int b = 0; b < T::BLOCKS; b++)
+#pragma unroll
+      for (int i = 0; i < T::TOKENS / 2; i++) acc[b][i] = 0;
+
+    Consumer<Types, T> consumer;
+    mbar_wait(ring.full(0), 0);
+    consumer.start(my_words, my_scales);
+    // A step is (k64 0, block 0), (k64 0, block 1), .., (k64 1, block 0), ... Whether scales change at odd units too is
+    // a constant of the loop, because predicated-off conversions of scales would cost as much as real ones.
+    constexpr int UNITS = T::UNITS * T::BLOCKS;
+#pragma unroll 1
+    for (int round = 0; round * T::STAGES < steps; round++)
+#pragma unroll
+      for (int slot = 0; slot < T::STAGES; slot++) {
+        const int step = round * T::STAGES + slot;
+        if (step >= steps) break;
+        const int next_slot = (slot + 1) % T::STAGES, old_slot = (slot + T::STAGES - 1) % T::STAGES;
+        const uint32_t next_parity = (round + (next_slot == 0)) & 1;
+        const bool more = step + 1 < steps;
+        uint32_t ready = 1;
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+          const bool last = u == UNITS - 1;  // the next unit lies in the next step
+          const int b = u % T::BLOCKS, nu = (u + 1) % UNITS, nb = nu % T::BLOCKS, nk = nu / T::BLOCKS;
+          const int next_stage = last ? next_slot : slot;
+          if (last && more) ready = mbar_test(ring.full(next_slot), next_parity);  // looked at after a multiplication
+          consumer.unit(
+              acc[b], my_acts + (slot * T::ACTS_BYTES + u / T::BLOCKS * T::ACTS_TILE >> 4), b, nb,
+              // (the very last one loads an old unit and converts it for nothing)
+              my_words + next_stage * T::WEIGHTS_BYTES + nb * T::STRIP_BYTES + nk * UNIT_BYTES,
+              my_scales + next_stage * T::SCALES_BYTES + nk * T::SCALE_ROW + nb * 128, nk % 2 == 0 || per_unit,
+              [&] {
+                if (last && !ready) mbar_wait(ring.full(next_slot), next_parity);
+              },
+              [&] {
+                if (u == 0 && step > 0) ring.release(old_slot, lane);  // the last step's last wgmma has retired
+              });
+        }
+      }
+    wgmma_wait<0>();
+  }
+
+  if (split > 1) {
+    __syncwarp();
+    cluster_wait();
+  }
+  if (warp >= T::WARPS) return;
+  auto slab_row = [&](int b) { return row0 + (strip0 + b) * 64 + warp % 4 * 16; };
+  SlabBias bias[T::BLOCKS];
+#pragma unroll
+  for (int b = 0; b < T::BLOCKS; b++) bias[b] = SlabBias::load<Types>(p, slab_row(b), lane);
+  if (workers == 1) {
+#pragma unroll
+    for (int b = 0; b < T::BLOCKS; b++) store_slab<Types, T::TOKENS>(p, acc[b], bias[b], slab_row(b), token0, lane);
+    return;
+  }
+
+  // ---- reduction: send the slabs that others own, sum our own in worker order
+  const int per_owner = T::SLABS >> log_workers, me = rank * T::K_WG + k_wg;
+  auto place = [&](int slab, int owner, int source) {  // in the owner's buffer; a worker sends nothing to itself
+    const int from = source < owner ? source : source - 1;
+    return T::RING_END +
+           ((owner % T::K_WG * (workers - 1) + from) * per_owner + (slab & (per_owner - 1))) * T::SLAB_BYTES +
+           lane * 16;
+  };
+#pragma unroll
+  for (int b = 0; b < T::BLOCKS; b++) {
+    const int slab = b * 4 * T::ROW_WG + row_wg * 4 + warp % 4, owner = slab * workers / T::SLABS;
+    if (owner == me) continue;
+    const uint32_t dst = ring.base + place(slab, owner, me);
+    if (T::K_WG > 1 && owner / T::K_WG == rank) {  // in our own CTA
+#pragma unroll
+      for (int v = 0; v < T::TOKENS / 8; v++)
+        store_shared_float4(dst + v * 512, acc[b][4 * v], acc[b][4 * v + 1], acc[b][4 * v + 2], acc[b][4 * v + 3]);
+    } else {
+      const uint32_t remote = peer_address(dst, owner / T::K_WG), bar = peer_address(reduced, owner / T::K_WG);
+#pragma unroll
+      for (int v = 0; v < T::TOKENS / 8; v++)
+        store_async(remote + v * 512, acc[b][4 * v], acc[b][4 * v + 1], acc[b][4 * v + 2], acc[b][4 * v + 3], bar);
+    }
+  }
+  if (T::K_WG > 1) barrier_sync(PARTIALS_READY, 32 * T::WARPS);  // those of our own CTA
+  if (split > 1) mbar_wait_cluster(reduced, 0);
+#pragma unroll
+  for (int b = 0; b < T::BLOCKS; b++) {
+    const int slab = b * 4 * T::ROW_WG + row_wg * 4 + warp % 4, owner = slab * workers / T::SLABS;
+    if (owner != me) continue;
+    float sum[T::TOKENS / 2];
+#pragma unroll
+    for (int i = 0; i < T::TOKENS / 2; i++) sum[i] = 0;
+#pragma unroll(T::TOKENS <= 16 ? 4 : 1)
+    for (int s = 0; s < workers; s++) {  // without a branch for our own partial, so that the loads overlap
+      const uint32_t src = ring.base + place(slab, me, s == me ? !me : s);
+#pragma unroll
+      for (int v = 0; v < T::TOKENS / 8; v++) {
+        const float4 x = load_shared_float4(src + v * 512);
+        sum[4 * v] += s == me ? acc[b][4 * v] : x.x;
+        sum[4 * v + 1] += s == me ? acc[b][4 * v + 1] : x.y;
+        sum[4 * v + 2] += s == me ? acc[b][4 * v + 2] : x.z;
+        sum[4 * v + 3] += s == me ? acc[b][4 * v + 3] : x.w;
+      }
+    }
+    store_slab<Types, T::TOKENS>(p, sum, bias[b], slab_row(b), token0, lane);
+  }
+}
+
+}  // namespace machete

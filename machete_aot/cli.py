@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``machete-aot``: arguments in, one module's job done, text or JSON and an exit status out.
+
+Exit status: 0 good; 1 any other error, or a check that failed; 2 wrong usage; 3 bundle or kernel missing; 4 corrupt or
+truncated; 5 unreachable; 6 incompatible or written for a newer runtime; 7 not trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .bundle import Bundle
+from .errors import (
+    ArgumentError,
+    BundleError,
+    CorruptError,
+    IncompatibleError,
+    MacheteError,
+    MissingError,
+    SchemaTooNewError,
+    TruncatedError,
+    UnreachableError,
+    UnsupportedError,
+    UntrustedError,
+)
+from .scalar_type import SCALAR_TYPES, scalar_type
+from .version import __version__
+
+OTHER, USAGE = 1, 2
+EXIT_CODES: tuple[tuple[type[MacheteError], int], ...] = (
+    (ArgumentError, USAGE),
+    (MissingError, 3),
+    (CorruptError, 4),
+    (TruncatedError, 4),
+    (UnreachableError, 5),
+    (IncompatibleError, 6),
+    (SchemaTooNewError, 6),
+    (UntrustedError, 7),
+)
+
+
+def exit_code(error: MacheteError) -> int:
+    """The exit status that this error stands for."""
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), OTHER)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status. Wrong usage raises SystemExit(2), as argparse does."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except MacheteError as error:
+        print(f"machete-aot: {error}", file=sys.stderr)
+        return exit_code(error)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OTHER
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="machete-aot",
+        description="Ahead-of-time compiled mixed-precision matrix products for Hopper GPUs.",
+        epilog="Exit status: 0 good, 1 other error, 2 wrong usage, 3 missing, 4 corrupt or truncated, 5 unreachable, "
+        "6 incompatible or too new, 7 not trusted.",
+    )
+    parser.add_argument("--version", action="version", version=f"machete-aot {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(command=command)
+        return sub
+
+    add("demo", _demo, "multiply at the shapes of real layers, compare, and on a GPU measure")
+    for name, command, text in (
+        ("list", _list, "show the kernels and schedules of a bundle"),
+        ("verify", _verify, "check every digest of a bundle"),
+        ("doctor", _doctor, "show what works here, what does not, and what to do"),
+    ):
+        sub = add(name, command, text)
+        _add_bundle(sub)
+        _add_json(sub)
+    explain = add("explain", _explain, "show which schedule a product gets, and why")
+    for name, text in (("m", "rows of the activations"), ("n", "columns of the output"), ("k", "reduction length")):
+        explain.add_argument(name, metavar=name.upper(), type=_positive, help=text)
+    explain.add_argument("--a", choices=("bf16", "fp16"), default="bf16", help="activations (default: %(default)s)")
+    explain.add_argument("--b", choices=tuple(SCALAR_TYPES), default="u4b8", help="weights (default: %(default)s)")
+    explain.add_argument("--group", type=int, default=128, help="group size, -1 for one group (default: %(default)s)")
+    explain.add_argument("--sms", type=_positive, help="multiprocessors (default: this GPU's, or 132 as on an H100)")
+    _add_bundle(explain)
+    _add_json(explain)
+    qualify = add("qualify", _qualify, "run every kernel on this GPU against the reference and write a record")
+    qualify.add_argument("--out", metavar="DIR", default="manifests/qualification", help="default: %(default)s")
+    _add_bundle(qualify)
+    return parser
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", metavar="FILE", help="a bundle (default: the embedded one)")
+    parser.add_argument("--sha256", metavar="HEX", help="the digest of its manifest, if this package does not pin it")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _open(options: argparse.Namespace) -> Bundle:
+    from .fetch import fetch_bundle
+
+    return fetch_bundle(source=options.bundle, expected_sha256=options.sha256)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, sort_keys=True))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+    from .product import H100_SMS
+
+    device, reason = demo.usable_gpu()
+    if device is not None:
+        print(f"{reason}: times are of cold weights, in a CUDA graph")
+    else:
+        print(f"No kernel runs here: {reason}")
+        print(f"The reference runs on the CPU; the schedules are those of a GPU with {H100_SMS} multiprocessors.")
+    print(demo.header())
+    accurate = True
+    for result in demo.run_demo():
+        print(demo.line(result), flush=True)
+        accurate &= demo.is_accurate(result)
+    if not accurate:
+        print("machete-aot: an error is above the tolerance; `machete-aot qualify` tells more", file=sys.stderr)
+    return 0 if accurate else OTHER
+
+
+def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    info = bundle.manifest.bundle
+    return {
+        "name": info.name,
+        "version": info.version,
+        "arch": info.arch,
+        "manifest_sha256": bundle.manifest_sha256,
+        "origin": bundle.origin,
+        "bytes": bundle.size,
+    }
+
+
+def _list(options: argparse.Namespace) -> int:
+    bundle = _open(options)
+    kernels = [
+        {
+            "id": k.id,
+            "types": k.types.name,
+            "tile": k.tile.name,
+            "layout": k.layout,
+            "threads": k.threads,
+            "registers": k.registers,
+            "frame_bytes": k.frame.length,
+            "cubin_bytes": k.cubin.size,
+        }
+        for k in bundle.manifest.kernels
+    ]
+    schedules = [
+        {"name": s.name, "tile": s.tile, "split": s.split, "shared_memory": s.shared_memory}
+        for s in bundle.manifest.schedules
+    ]
+    if options.json:
+        _print_json({"bundle": _bundle_facts(bundle), "kernels": kernels, "schedules": schedules})
+        return 0
+    print(_title(bundle))
+    _print_table("kernels", kernels, ("id", "layout", "threads", "registers", "frame_bytes", "cubin_bytes"))
+    _print_table("schedules", schedules, ("name", "tile", "split", "shared_memory"))
+    return 0
+
+
+def _title(bundle: Bundle) -> str:
+    info = bundle.manifest.bundle
+    head = f"{info.name} {info.version} {info.arch}, {bundle.size} bytes, from {bundle.origin}"
+    return f"{head}\nmanifest sha256 {bundle.manifest_sha256}"
+
+
+def _print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    widths = [max(len(c), *(len(str(r[c])) for r in rows)) for c in columns]
+    print(f"\n{len(rows)} {title}")
+    for cells in (columns, *([str(r[c]) for c in columns] for r in rows)):
+        pairs = zip(cells, widths, strict=True)
+        print("  " + "  ".join(c.rjust(w) if c.isdigit() else c.ljust(w) for c, w in pairs).rstrip())
+
+
+def _verify(options: argparse.Namespace) -> int:
+    bundle, problems = None, []
+    try:
+        bundle = _open(options)
+        problems = bundle.verify()
+    except BundleError as error:
+        problems = [error]
+    if options.json:
+        _print_json(
+            {
+                "ok": not problems,
+                "bundle": _bundle_facts(bundle) if bundle else None,
+                "kernels": len(bundle.manifest.kernels) if bundle else 0,
+                "problems": [{"type": type(p).__name__, "message": str(p)} for p in problems],
+            }
+        )
+    elif bundle and not problems:
+        print(f"{_title(bundle)}\n{len(bundle.manifest.kernels)} kernels intact")
+    for problem in problems:
+        print(f"machete-aot: {problem}", file=sys.stderr)
+    return exit_code(problems[0]) if problems else 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+
+    from .fetch import use_bundle
+    from .product import explain, supported_schedules
+
+    bundle = _open(options)
+    use_bundle(bundle)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.a]
+    b_type = scalar_type(options.b)
+    explanation = explain(options.m, options.n, options.k, dtype, b_type, sms=options.sms)
+    if not supported_schedules(dtype, b_type, b_group_size=options.group):
+        raise UnsupportedError(
+            f"no kernel of {bundle!r} takes group size {options.group}; -1 and multiples of 64 are taken"
+        )
+    if options.json:
+        _print_json(explanation.as_dict())
+    else:
+        print(explanation.text())
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import diagnose, text
+
+    report = diagnose(lambda: _open(options))
+    if options.json:
+        _print_json(report)
+    else:
+        print(text(report))
+    return 0 if report["ok"] else OTHER
+
+
+def _qualify(options: argparse.Namespace) -> int:
+    from .qualify import qualify
+    from .record import check_record, write_record
+
+    def progress(done: int, total: int, what: str) -> None:
+        print(f"[{done}/{total}] {what}", file=sys.stderr)
+
+    bundle = _open(options)
+    record = qualify(bundle, progress=progress)
+    problems = check_record(record, bundle.manifest)
+    if problems:
+        raise MacheteError("this GPU does not qualify the bundle, no record was written:\n  " + "\n  ".join(problems))
+    print(write_record(record, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cuda.bindings.driver`` behind a thin layer: imported and initialised at first use, every call checked.
+
+``call("cuDeviceGet", 0)`` makes one driver call and returns its results without the status. What is asked of a device
+again and again (its primary context, its number of SMs) is asked once and kept in ``Device``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import DeviceError, DriverCallError
+
+_HINTS = {
+    2: "the GPU is out of memory; free some and call again",
+    3: "if CUDA was initialised before this process was forked, start it with the 'spawn' method instead",
+    100: "no CUDA device is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+    101: "there is no device of that index; look at CUDA_VISIBLE_DEVICES",
+    209: "the kernel was compiled for another GPU than this one",
+    222: "the driver is older than the compiler that made the kernel; upgrade the driver",
+    803: "the driver's user and kernel parts differ; reboot, or reinstall one of them",
+    804: "this GPU does not support the compatibility driver in use; upgrade the driver",
+    912: "the device refuses clusters of that size; choose a schedule whose name ends in _x1",
+}
+CAPTURE_IMPLICIT = 906  # the legacy stream was asked about while another stream is being captured
+_DEFAULT_HINT = "CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer finds an earlier failure that may be behind it"
+
+
+class MissingFunctionError(DeviceError):
+    """The driver, or the installed cuda-bindings, does not have a function."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and its primary context, which is also torch's. ``shared_memory``: bytes that one CTA may ask for."""
+
+    index: int
+    handle: Any
+    context: Any
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    shared_memory: int
+
+
+class _State:
+    """What must not survive a fork."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.api: Any = None
+        self.devices: dict[int, Device] = {}
+
+
+_state = _State()
+
+
+def _start_over() -> None:
+    global _state
+    _state = _State()
+
+
+os.register_at_fork(after_in_child=_start_over)
+
+
+def api() -> Any:
+    """The module cuda.bindings.driver, after cuInit. Raises DeviceError where there is no driver."""
+    state = _state
+    if state.api is None:
+        with state.lock:
+            if state.api is None:
+                state.api = _initialised()
+    return state.api
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Calls the driver; returns None, the result, or a tuple of results. Raises DriverCallError unless it succeeded."""
+    return _call(api(), name, *arguments)
+
+
+def driver_version() -> int:
+    """The newest CUDA version that the driver supports, as in 13000."""
+    return int(call("cuDriverGetVersion"))
+
+
+def device_count() -> int:
+    """How many devices this process sees."""
+    return int(call("cuDeviceGetCount"))
+
+
+def device(index: int) -> Device:
+    """The device of that index (torch and the driver count alike); keeps its primary context for the process's life."""
+    state = _state
+    found = state.devices.get(index)
+    if found is None:
+        made = _describe(index)
+        with state.lock:
+            found = state.devices.setdefault(index, made)
+    return found
+
+
+@contextmanager
+def current(device: Device) -> Iterator[None]:
+    """Makes the device's primary context current in this thread, where it is not already, and restores what was."""
+    if int(call("cuCtxGetCurrent")) == int(device.context):
+        yield
+        return
+    call("cuCtxPushCurrent", device.context)
+    try:
+        yield
+    finally:
+        call("cuCtxPopCurrent")
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether the stream (a CUstream's address) is recording a CUDA graph."""
+    driver = api()
+    status, capture = driver.cuStreamIsCapturing(driver.CUstream(stream))
+    if status == CAPTURE_IMPLICIT:
+        return True
+    _check("cuStreamIsCapturing", status)
+    return int(capture) != 0
+
+
+def version_text(version: int) -> str:
+    """A version as people write it: 13000 is "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _initialised() -> Any:
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise DeviceError(f"cuda-bindings cannot be imported ({error}); pip install 'cuda-bindings>=12.9'") from error
+    try:
+        _call(driver, "cuInit", 0)
+    except MissingFunctionError as error:
+        raise DeviceError(
+            f"no usable CUDA driver: {error.__cause__}; install NVIDIA's driver, so that libcuda.so.1 can be loaded "
+            "(in a container: start it with the GPU's driver mounted), or keep the tensors on the CPU"
+        ) from error.__cause__
+    return driver
+
+
+def _call(driver: Any, name: str, *arguments: Any) -> Any:
+    try:
+        status, *results = getattr(driver, name)(*arguments)
+    except AttributeError as error:
+        raise MissingFunctionError(f"the installed cuda-bindings has no {name}; upgrade it") from error
+    except RuntimeError as error:  # what cuda.bindings raises for a function that libcuda does not export
+        raise MissingFunctionError(f"the driver has no {name} ({error}); upgrade the driver") from error
+    if status:
+        _check(name, status)
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def _check(name: str, status: Any) -> None:
+    code = int(status)
+    if code:
+        raise DriverCallError(name, code, getattr(status, "name", "an unknown error"), _HINTS.get(code, _DEFAULT_HINT))
+
+
+def _describe(index: int) -> Device:
+    handle = call("cuDeviceGet", index)
+    attribute = api().CUdevice_attribute
+
+    def ask(name: str) -> int:
+        return int(call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
+
+    name = call("cuDeviceGetName", 256, handle).split(b"\0")[0].decode("utf-8", "replace")
+    return Device(
+        index=index,
+        handle=handle,
+        context=call("cuDevicePrimaryCtxRetain", handle),
+        name=name,
+        capability=(ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")),
+        sms=ask("MULTIPROCESSOR_COUNT"),
+        shared_memory=ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+    )

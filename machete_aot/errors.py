@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that the package raises on purpose.
+
+Each message says what was wanted, what was found and what to do. ``MacheteError`` is the common base, so that
+``except machete_aot.MacheteError`` catches all of them and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MacheteError(Exception):
+    """Base class of all errors of this package."""
+
+
+class ArgumentError(MacheteError, ValueError):
+    """A tensor or an option does not fit: shape, dtype, device, layout or value."""
+
+
+class UnsupportedError(MacheteError, NotImplementedError):
+    """Valid arguments for which the bundle in use holds no kernel; the message lists what it does hold."""
+
+
+class DeviceError(MacheteError, RuntimeError):
+    """The GPU or its driver cannot run these kernels: wrong compute capability, driver too old, no driver."""
+
+
+class DriverCallError(DeviceError):
+    """A CUDA driver call failed. ``code`` is the CUresult, ``name`` its symbolic name, ``call`` the function."""
+
+    def __init__(self, call: str, code: int, name: str, hint: str = "") -> None:
+        self.call, self.code, self.name = call, code, name
+        super().__init__(f"{call} failed with {name} ({code})" + (f": {hint}" if hint else ""))
+
+
+class CaptureError(MacheteError, RuntimeError):
+    """A kernel would have to be loaded while a CUDA graph is being captured, which the driver forbids."""
+
+
+class BundleError(MacheteError, RuntimeError):
+    """A bundle cannot be used. ``problems`` lists every violation found, not just the first."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(message + "".join(f"\n  - {p}" for p in self.problems))
+
+
+class MissingError(BundleError):
+    """The bundle, or a kernel that its manifest promises, is not there."""
+
+
+class TruncatedError(BundleError):
+    """Fewer bytes than announced. ``have`` and ``want`` are byte counts."""
+
+    def __init__(self, what: str, have: int, want: int) -> None:
+        self.have, self.want = have, want
+        super().__init__(f"{what} is truncated: {have} bytes where {want} are wanted; fetch or build the bundle again")
+
+
+class CorruptError(BundleError):
+    """Bytes differ from their digest. ``have`` and ``want`` are sha256 hex digests, or short descriptions."""
+
+    def __init__(self, what: str, have: str, want: str) -> None:
+        self.have, self.want = have, want
+        super().__init__(f"{what} is corrupt: found {have}, wanted {want}; fetch or build the bundle again")
+
+
+class SchemaTooNewError(BundleError):
+    """The manifest was written for a newer runtime. ``have`` and ``want`` are schema numbers."""
+
+    def __init__(self, have: int, want: int) -> None:
+        self.have, self.want = have, want
+        super().__init__(f"manifest schema {have} is newer than this runtime reads ({want}); upgrade machete-aot")
+
+
+class UntrustedError(BundleError):
+    """The manifest matches no digest that this package or the caller pins."""
+
+
+class UnreachableError(BundleError):
+    """A source could not be read: no network, no such host, permission denied."""
+
+
+class IncompatibleError(BundleError):
+    """The bundle is intact but not for this runtime: architecture, ABI or layout differ."""

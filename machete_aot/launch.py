@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a product to a launch: a plan, which is a pure function of shapes, and the driver call that carries it out.
+
+Everything here is plain integers (addresses, strides, a stream): tensors stay in ``product.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from . import abi, driver, tensor_map
+from .bundle import Bundle
+from .config import UNIT_K, TileConfig, TypeConfig, ceil_div
+from .errors import ArgumentError
+from .kernel import LoadedKernel, load_kernel
+from .manifest import KernelInfo, ScheduleInfo
+from .selection import select
+from .tensor_map import TensorMapArgs
+
+MAX_INT32 = 2**31 - 1
+MAX_K = 2**27  # the kernels divide unit numbers in fp32, which is exact below 2^21 units
+MAX_GRID_Y = 65535
+
+
+class Shape(NamedTuple):
+    """What a plan depends on. Strides in elements between rows: activations, scales (a multiple of 8) and output.
+
+    ``group``: k that share a scale, a multiple of 64, or at least ``k`` for one group.
+    """
+
+    m: int
+    n: int
+    k: int
+    group: int
+    row_stride: int
+    scale_stride: int
+    out_stride: int
+
+
+class Operands(NamedTuple):
+    """Device addresses. ``bias`` 0: none. Activations, weights and scales on 16 bytes."""
+
+    acts: int
+    weights: int
+    scales: int
+    bias: int
+    out: int
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One launch without its addresses. ``params``: GemmParams but for pointers and the flag that depends on one."""
+
+    kernel_id: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    shared_memory: int
+    acts: TensorMapArgs
+    params: dict[str, int]
+    pairs: bool
+
+
+def make_plan(kernel: KernelInfo, split: int, shape: Shape, sms: int) -> LaunchPlan:
+    """The launch of a product by this kernel with this split of K on a device of ``sms`` SMs.
+
+    Raises ArgumentError past a limit of the kernels or of the driver.
+    """
+    _check_limits(shape)
+    m, n, k = shape.m, shape.n, shape.k
+    tile = kernel.tile
+    split = tile.effective_split(split, k)
+    acts = tensor_map.activations(m, k, shape.row_stride, tile.tokens, tile.step_units)
+    return LaunchPlan(
+        kernel_id=kernel.id,
+        grid=_grid(tile, split, m, n, sms),
+        block=(kernel.threads, 1, 1),
+        cluster=(split, 1, 1),
+        shared_memory=tile.shared_memory(split),
+        acts=acts,
+        params={
+            "m": m,
+            "n": n,
+            "k": k,
+            "scale_stride": shape.scale_stride,
+            "out_stride": shape.out_stride,
+            "group_units": ceil_div(k, UNIT_K) if shape.group >= k else shape.group // UNIT_K,
+            "flags": abi.FLAG_ACTS_2D if len(acts.dims) == 2 else 0,
+        },
+        pairs=n % 8 == 0 and shape.out_stride % 2 == 0,
+    )
+
+
+def multiply(
+    bundle: Bundle,
+    types: TypeConfig,
+    shape: Shape,
+    schedule: str | None,
+    operands: Operands,
+    device_index: int,
+    stream: int,
+    overlap: bool,
+) -> None:
+    """Launches a product: chooses a schedule (None) or takes the named one, loads its kernel where needed.
+
+    Raises ArgumentError, what ``load_kernel`` raises, and DriverCallError.
+    """
+    plan = _plan(bundle, types, shape, schedule, device_index)
+    kernel = load_kernel(bundle, plan.kernel_id, device_index, stream)
+    launch(plan, kernel, operands, stream, overlap)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(bundle: Bundle, types: TypeConfig, shape: Shape, schedule: str | None, device_index: int) -> LaunchPlan:
+    sms = driver.device(device_index).sms
+    chosen = choose(bundle, types, (shape.m, shape.n, shape.k), schedule, sms)
+    return make_plan(bundle.manifest.kernel_for(types, chosen.name), chosen.split, shape, sms)
+
+
+def choose(
+    bundle: Bundle, types: TypeConfig, product: tuple[int, int, int], schedule: str | None, sms: int
+) -> ScheduleInfo:
+    """The schedule of an (M, N, K) product: the named one, or the one that is predicted to be the fastest.
+
+    Raises ArgumentError for a name that these types have no kernel for.
+    """
+    manifest = bundle.manifest
+    if schedule is None:
+        return select(manifest, types.name, *product, sms)
+    known = manifest.schedules_for(types)
+    for candidate in known:
+        if candidate.name == schedule:
+            return candidate
+    names = ", ".join(s.name for s in known)
+    raise ArgumentError(f"no schedule {schedule!r} for {types.name} in {bundle!r}; it has: {names}")
+
+
+def launch(plan: LaunchPlan, kernel: LoadedKernel, operands: Operands, stream: int, overlap: bool) -> None:
+    """Launches on a stream (a CUstream's address) of the kernel's device.
+
+    ``overlap``: the kernel may start, and read weights and scales, before earlier kernels of the stream have ended.
+    """
+    params = parameter_bytes(plan, operands)
+    acts = tensor_map.encode(operands.acts, plan.acts)
+    block = ctypes.create_string_buffer(params, abi.SIZE)
+    pointers = (ctypes.c_void_p * 2)(acts.address, ctypes.addressof(block))
+    config = driver.api().CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = plan.block
+    config.sharedMemBytes = plan.shared_memory
+    config.hStream = stream
+    attributes = _attributes(plan.cluster, overlap)
+    if attributes:
+        config.attrs = attributes
+    config.numAttrs = len(attributes)
+    with driver.current(kernel.device):
+        driver.call("cuLaunchKernelEx", config, kernel.handle, ctypes.addressof(pointers), 0)
+
+
+def parameter_bytes(plan: LaunchPlan, operands: Operands) -> bytes:
+    """GemmParams of this plan on these addresses."""
+    flags = plan.params["flags"]
+    if plan.pairs and operands.out % 4 == 0:
+        flags |= abi.FLAG_STORE_PAIRS
+    return abi.pack_params(
+        weights=operands.weights,
+        scales=operands.scales,
+        bias=operands.bias,
+        out=operands.out,
+        **{**plan.params, "flags": flags},
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _attributes(cluster: tuple[int, int, int], overlap: bool) -> list[Any]:
+    api = driver.api()
+    ids = api.CUlaunchAttributeID
+    found = []
+    if cluster != (1, 1, 1):
+        attribute = api.CUlaunchAttribute()
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attribute.value.clusterDim
+        size.x, size.y, size.z = cluster
+        found.append(attribute)
+    if overlap:
+        attribute = api.CUlaunchAttribute()
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        found.append(attribute)
+    return found
+
+
+def _grid(tile: TileConfig, split: int, m: int, n: int, sms: int) -> tuple[int, int, int]:
+    row_tiles, token_tiles = ceil_div(n, tile.rows), ceil_div(m, tile.tokens)
+    if tile.family == "dense":
+        if row_tiles * token_tiles > MAX_INT32:
+            raise ArgumentError(f"M = {m} and N = {n} make over {MAX_INT32} tiles of {tile.name}; split the product")
+        return min(row_tiles * token_tiles, sms), 1, 1
+    if token_tiles > MAX_GRID_Y:
+        raise ArgumentError(
+            f"M = {m} makes {token_tiles} tiles of {tile.tokens} tokens, and {tile.name} takes at most {MAX_GRID_Y}; "
+            "use a dense schedule, or schedule=None"
+        )
+    ctas = row_tiles * split
+    return (_padded(ctas, split, sms) if token_tiles == 1 else ctas), token_tiles, 1
+
+
+def _padded(ctas: int, split: int, sms: int) -> int:
+    """A number of CTAs that fills all SMs evenly, where that is near.
+
+    Under overlap the next kernel's CTAs go to the emptiest SMs: where some are idle they get two of them, and that
+    kernel takes twice as long. CTAs past the last row only hold their SM's place.
+    """
+    full = ceil_div(ctas, sms) * sms
+    if ctas < sms or 10 * full < 11 * ctas:
+        return ceil_div(full, split) * split
+    return ctas
+
+
+def _check_limits(shape: Shape) -> None:
+    limits = {"m": MAX_INT32, "n": MAX_INT32, "k": MAX_K - 1, "scale_stride": MAX_INT32, "out_stride": MAX_INT32}
+    for name, limit in limits.items():
+        value = getattr(shape, name)
+        if not 0 <= value <= limit:
+            raise ArgumentError(f"{name} = {value} is past the kernels' limit of {limit}; split the product")

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest of a bundle: its dataclasses, the parser that trusts nothing, and the canonical writer.
+
+The dataclasses mirror the JSON of docs/architecture.md name by name. ``decode.py`` checks types and keys,
+``manifest_rules.py`` the meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from .config import TileConfig, TypeConfig
+from .decode import decode, parse_json
+from .errors import BundleError, MissingError, SchemaTooNewError
+from .manifest_rules import MAX_MANIFEST_BYTES, SCHEMA, violations
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What the bundle is called. ``arch`` is the compilation target, as in "sm90a"."""
+
+    name: str
+    version: str
+    arch: str
+
+
+@dataclass(frozen=True)
+class AbiInfo:
+    """The kernels' parameters: ``parameters`` holds (offset, size) in bytes of each, in order."""
+
+    version: int
+    parameters: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class LayoutInfo:
+    """A prepacked layout that some kernel reads."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What compiled the kernels. Digests are reproducible with exactly these."""
+
+    nvcc: str
+    ptxas: str
+    cutlass: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """``source_digest``: sha256 over the sources of the kernels, see build_kernels/sources.py."""
+
+    source_digest: str
+
+
+@dataclass(frozen=True)
+class Compat:
+    """Where the kernels run. ``min_driver`` is a CUDA driver API version (13000 is 13.0)."""
+
+    compute_capability: tuple[int, int]
+    min_driver: int
+    elf_abi: int
+
+
+@dataclass(frozen=True)
+class DictionaryInfo:
+    """The shared dictionary: where its zstd frame lies in the bundle, and what it decompresses to."""
+
+    offset: int
+    length: int
+    sha256: str
+    raw_size: int
+    raw_sha256: str
+
+
+@dataclass(frozen=True)
+class FrameInfo:
+    """A kernel's zstd frame: ``offset`` and ``length`` in bytes in the bundle's file."""
+
+    offset: int
+    length: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CubinInfo:
+    """The cubin that a frame decompresses to."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One compiled kernel. ``id`` is ``{types.name}__{tile.name}``; ``symbol`` is its entry in the cubin."""
+
+    id: str
+    symbol: str
+    layout: str
+    types: TypeConfig
+    tile: TileConfig
+    threads: int
+    registers: int
+    spills: int
+    static_shared_memory: int
+    frame: FrameInfo
+    cubin: CubinInfo
+
+
+@dataclass(frozen=True)
+class ScheduleInfo:
+    """One schedule: a tile's name and a split of K. ``shared_memory`` is dynamic, in bytes."""
+
+    name: str
+    tile: str
+    split: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Heuristic:
+    """Data of the cost model: ``coefficients[types.name][schedule.name][coefficient]``."""
+
+    version: int
+    source: str
+    device: Mapping[str, str | int | float]
+    coefficients: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A valid manifest of schema 1. Only ``parse_manifest`` and the bundle's writer make one."""
+
+    schema: int
+    bundle: BundleInfo
+    abi: AbiInfo
+    layouts: tuple[LayoutInfo, ...]
+    toolchain: Toolchain
+    provenance: Provenance
+    compat: Compat
+    dictionary: DictionaryInfo
+    kernels: tuple[KernelInfo, ...]
+    schedules: tuple[ScheduleInfo, ...]
+    heuristic: Heuristic
+
+    @cached_property
+    def _kernels_by_id(self) -> dict[str, KernelInfo]:
+        return {k.id: k for k in self.kernels}
+
+    @cached_property
+    def _schedules_by_name(self) -> dict[str, ScheduleInfo]:
+        return {s.name: s for s in self.schedules}
+
+    @cached_property
+    def types(self) -> tuple[TypeConfig, ...]:
+        """The types that some kernel serves, in the order of the kernels."""
+        return tuple(dict.fromkeys(k.types for k in self.kernels))
+
+    def kernel(self, kernel_id: str) -> KernelInfo:
+        """The kernel of that id. Raises MissingError."""
+        try:
+            return self._kernels_by_id[kernel_id]
+        except KeyError:
+            raise MissingError(
+                f"the bundle holds no kernel {kernel_id!r}; `machete-aot list` shows what it holds"
+            ) from None
+
+    def schedule(self, name: str) -> ScheduleInfo:
+        """The schedule of that name. Raises MissingError."""
+        try:
+            return self._schedules_by_name[name]
+        except KeyError:
+            raise MissingError(
+                f"the bundle holds no schedule {name!r}; `machete-aot list` shows what it holds"
+            ) from None
+
+    def kernels_for(self, types: TypeConfig) -> tuple[KernelInfo, ...]:
+        """Every kernel of these types, in manifest order; empty if there is none."""
+        return tuple(k for k in self.kernels if k.types == types)
+
+    def schedules_for(self, types: TypeConfig) -> tuple[ScheduleInfo, ...]:
+        """Every schedule whose tile has a kernel of these types, in manifest order; empty if there is none."""
+        tiles = {k.tile.name for k in self.kernels_for(types)}
+        return tuple(s for s in self.schedules if s.tile in tiles)
+
+    def kernel_for(self, types: TypeConfig, schedule: str) -> KernelInfo:
+        """The kernel that this schedule runs for these types. Raises MissingError."""
+        return self.kernel(kernel_id(types, self.schedule(schedule).tile))
+
+
+def kernel_id(types: TypeConfig, tile_name: str) -> str:
+    """The id of the kernel of these types and this tile."""
+    return f"{types.name}__{tile_name}"
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The canonical bytes: ASCII JSON, sorted keys, two-space indent, one newline at the end."""
+    text = json.dumps(dataclasses.asdict(manifest), sort_keys=True, indent=2, allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest in ``data``, checked in full.
+
+    Raises SchemaTooNewError if its schema is newer than this runtime's, else BundleError with every problem found.
+    """
+    problems: list[str] = []
+    document = parse_json(data, MAX_MANIFEST_BYTES, problems)
+    if isinstance(document, dict):
+        schema = document.get("schema")
+        if type(schema) is int and schema > SCHEMA:
+            raise SchemaTooNewError(schema, SCHEMA)
+    manifest = decode(Manifest, document, "manifest", problems) if not problems else None
+    if isinstance(manifest, Manifest):
+        problems.extend(violations(manifest))
+        if not problems:
+            return manifest
+    raise BundleError("the manifest is not valid; fetch or build the bundle again", problems)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a manifest of the right types must still satisfy: names that follow from their parts, sane sizes, no overlap."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from .config import TileConfig, TypeConfig
+
+if TYPE_CHECKING:
+    from .manifest import KernelInfo, Manifest, ScheduleInfo
+
+SCHEMA = 1
+SYMBOL_PREFIX = "machete_"
+
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_CUBIN_BYTES = 16 << 20
+MAX_DICTIONARY_BYTES = 16 << 20
+MAX_BUNDLE_BYTES = 1 << 30
+MAX_SHARED_MEMORY = 227 * 1024  # what one CTA may have on compute capability 9.0
+MAX_REGISTERS = 255
+MAX_THREADS = 1024
+MAX_SPLIT = 16  # CTAs of the largest cluster
+
+_TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,126}\Z")
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_FAMILIES = ("stream", "dense")
+_TILE_LIMITS = {
+    "row_warpgroups": 8,
+    "k_warpgroups": 8,
+    "blocks": 8,
+    "units": 16,
+    "tokens": 256,
+    "stages": 64,
+    "ctas_per_sm": 32,
+}
+
+
+def violations(m: Manifest) -> Iterator[str]:
+    """A line for everything in ``m`` that breaks a rule. Its types are right already."""
+    if m.schema != SCHEMA:
+        yield f"schema: {m.schema} is not {SCHEMA}"
+    yield from _header_violations(m)
+    layouts = {layout.name for layout in m.layouts}
+    for kernel in m.kernels:
+        yield from (f"kernel {kernel.id[:200]!r}: {p}" for p in _kernel_violations(kernel, layouts))
+    tiles = {k.tile.name for k in m.kernels}
+    for schedule in m.schedules:
+        yield from (f"schedule {schedule.name[:200]!r}: {p}" for p in _schedule_violations(schedule, tiles))
+    yield from _repeated("kernel id", (k.id for k in m.kernels))
+    yield from _repeated("schedule name", (s.name for s in m.schedules))
+    yield from _repeated("layout name", (layout.name for layout in m.layouts))
+    yield from _overlaps(m)
+    yield from _heuristic_violations(m)
+
+
+def _header_violations(m: Manifest) -> Iterator[str]:
+    for name, value in dataclasses.asdict(m.bundle).items():
+        if not _TOKEN.match(value):
+            yield f"bundle.{name}: {value[:80]!r} is not a name"
+    if not _DIGEST.match(m.provenance.source_digest):
+        yield "provenance.source_digest: not a sha256 hex digest"
+    if not m.kernels:
+        yield "kernels: empty"
+    d = m.dictionary
+    yield from (f"dictionary: {p}" for p in _span_violations(d.offset, d.length, d.sha256))
+    yield from (f"dictionary: {p}" for p in _content_violations(d.raw_size, d.raw_sha256, MAX_DICTIONARY_BYTES))
+    end = 0
+    for offset, size in m.abi.parameters:
+        if not (end <= offset and size > 0 and offset + size <= 4096):
+            yield f"abi.parameters: ({offset}, {size}) overlaps its neighbour, is empty or ends past 4096 bytes"
+        end = max(end, offset + size)
+
+
+def _kernel_violations(k: KernelInfo, layouts: set[str]) -> Iterator[str]:
+    yield from _type_violations(k.types)
+    tile_problems = list(_tile_violations(k.tile))
+    yield from tile_problems
+    if not tile_problems:
+        wanted = f"{k.types.name}__{k.tile.name}"
+        if k.id != wanted:
+            yield f"id should be {wanted!r}, from its types and tile"
+        if k.threads != k.tile.threads or k.threads > MAX_THREADS:
+            yield f"threads {k.threads}, where the tile has {k.tile.threads} and the limit is {MAX_THREADS}"
+    if k.symbol != SYMBOL_PREFIX + k.id:
+        yield f"symbol {k.symbol[:200]!r} is not {SYMBOL_PREFIX!r} and the id"
+    if k.layout not in layouts:
+        yield f"layout {k.layout[:80]!r} is not among the manifest's layouts"
+    if not 1 <= k.registers <= MAX_REGISTERS:
+        yield f"registers {k.registers} are not within 1..{MAX_REGISTERS}"
+    if k.spills < 0 or not 0 <= k.static_shared_memory <= MAX_SHARED_MEMORY:
+        yield f"spills {k.spills} or static_shared_memory {k.static_shared_memory} out of range"
+    yield from (f"frame: {p}" for p in _span_violations(k.frame.offset, k.frame.length, k.frame.sha256))
+    yield from (f"cubin: {p}" for p in _content_violations(k.cubin.size, k.cubin.sha256, MAX_CUBIN_BYTES))
+
+
+def _type_violations(types: TypeConfig) -> Iterator[str]:
+    for name, value in dataclasses.asdict(types).items():
+        if not re.match(r"[a-z][a-z0-9]{0,15}\Z", value):
+            yield f"types.{name}: {value[:80]!r} is not the name of a type"
+
+
+def _tile_violations(tile: TileConfig) -> Iterator[str]:
+    if tile.family not in _FAMILIES:
+        yield f"tile.family: {tile.family[:80]!r} is none of {', '.join(_FAMILIES)}"
+    limits = {
+        "row_warpgroups": 8,
+        "k_warpgroups": 8,
+        "blocks": 8,
+        "units": 16,
+        "tokens": 256,
+        "stages": 64,
+        "ctas_per_sm": 32,
+    }
+    for name, limit in limits.items():
+        value = getattr(tile, name)
+        if not 1 <= value <= limit:
+            yield f"tile.{name}: {value} is not within 1..{limit}"
+    if tile.tokens % 8:
+        yield f"tile.tokens: {tile.tokens} is not a multiple of 8"
+
+
+def _schedule_violations(s: ScheduleInfo, tiles: set[str]) -> Iterator[str]:
+    if s.tile not in tiles:
+        yield f"no kernel has its tile {s.tile[:200]!r}"
+    if s.name != f"{s.tile}_x{s.split}":
+        yield f"name should be {f'{s.tile}_x{s.split}'[:200]!r}, from its tile and split"
+    if not 1 <= s.split <= MAX_SPLIT:
+        yield f"split {s.split} is not within 1..{MAX_SPLIT}"
+    if not 0 <= s.shared_memory <= MAX_SHARED_MEMORY:
+        yield f"shared_memory {s.shared_memory} is not within 0..{MAX_SHARED_MEMORY}"
+
+
+def _heuristic_violations(m: Manifest) -> Iterator[str]:
+    types = {t.name: t for t in m.types}
+    for name, schedules in m.heuristic.coefficients.items():
+        if name not in types:
+            yield f"heuristic: coefficients for types {name[:80]!r}, which no kernel has"
+            continue
+        known = {s.name for s in m.schedules_for(types[name])}
+        for schedule in sorted(schedules.keys() - known):
+            yield f"heuristic: coefficients for {name} schedule {schedule[:200]!r}, which the bundle lacks"
+
+
+def _span_violations(offset: int, length: int, digest: str) -> Iterator[str]:
+    if offset < 0 or length < 1 or offset + length > MAX_BUNDLE_BYTES:
+        yield f"bytes {offset} to {offset + length} are empty or outside 0..{MAX_BUNDLE_BYTES}"
+    if not _DIGEST.match(digest):
+        yield "sha256: not a sha256 hex digest"
+
+
+def _content_violations(size: int, digest: str, limit: int) -> Iterator[str]:
+    if not 1 <= size <= limit:
+        yield f"size {size} is not within 1..{limit}"
+    if not _DIGEST.match(digest):
+        yield "sha256 of the content: not a sha256 hex digest"
+
+
+def _repeated(what: str, names: Iterable[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            yield f"{what} {name[:200]!r} occurs twice"
+        seen.add(name)
+
+
+def _overlaps(m: Manifest) -> Iterator[str]:
+    spans = [(m.dictionary.offset, m.dictionary.length, "the dictionary")]
+    spans += [(k.frame.offset, k.frame.length, f"the frame of {k.id!r}") for k in m.kernels]
+    spans.sort()
+    for (offset, length, first), (start, _, second) in itertools.pairwise(spans):
+        if start < offset + length:
+            yield f"{first} and {second} overlap at byte {start}"

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The qualification record: what it says, how it is written, and whether it vouches for every kernel of a bundle.
+
+docs/architecture.md shows the JSON; ``qualify.py`` makes records, CI checks the one of the embedded bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .decode import decode
+from .manifest import KernelInfo, Manifest, dump_manifest
+
+SCHEMA = 1
+TOLERANCE = {"bf16": 2.5e-3, "fp16": 3.5e-4}  # of ||out - ref|| / ||ref||, by the activations' type
+MIN_CASES = 10  # products that every schedule must have been through
+
+
+@dataclass(frozen=True)
+class BundleId:
+    """Which bundle was run."""
+
+    arch: str
+    version: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """Where. ``driver`` is the kernel driver's version, "unknown" where the system does not tell."""
+
+    name: str
+    sms: int
+    driver: str
+    cuda_driver_api: int
+    torch: str
+
+
+@dataclass(frozen=True)
+class ScheduleResult:
+    """One schedule of one kernel. ``worst_error`` is None where some output was not finite or not there.
+
+    ``worst_case`` is [M, N, K, group]. ``failures`` holds what was raised, a line for each case that did.
+    """
+
+    worst_error: float | None
+    worst_case: tuple[int, int, int, int]
+    cases: int
+    deterministic: bool
+    guards_intact: bool
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KernelResult:
+    """All schedules of one kernel, by name."""
+
+    schedules: Mapping[str, ScheduleResult]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A whole run. ``date`` is the day in UTC, ``seed`` what the data was drawn from, ``kernels`` by kernel id."""
+
+    schema: int
+    bundle: BundleId
+    device: DeviceInfo
+    date: str
+    seed: int
+    tolerance: Mapping[str, float]
+    kernels: Mapping[str, KernelResult]
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return values
+
+
+def write_record(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
+    """Writes ``<arch>-<version>-<device>.json`` into the folder, made if need be, and returns its path.
+
+    The file appears whole or not at all, and replaces the one of an earlier run. Raises OSError.
+    """
+    bundle, device = record["bundle"], record["device"]["name"]
+    name = "-".join(_slug(part) for part in (bundle["arch"], bundle["version"], device)) + ".json"
+    target = Path(folder) / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target
+
+
+def check_record(record: object, manifest: Manifest) -> list[str]:
+    """All reasons why this record does not qualify the bundle of this manifest; an empty list means that it does.
+
+    ``record`` is what json.load or ``qualify`` returned; it may be anything. Never raises.
+    """
+    problems: list[str] = []
+    parsed = decode(Record, record, "record", problems)
+    if not isinstance(parsed, Record) or problems:
+        return problems
+    return [*_header_problems(parsed, manifest), *_coverage_problems(parsed, manifest)]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def _header_problems(record: Record, manifest: Manifest) -> Iterator[str]:
+    if record.schema != SCHEMA:
+        yield f"schema: {record.schema} is not {SCHEMA}"
+    digest = hashlib.sha256(dump_manifest(manifest)).hexdigest()
+    wanted = BundleId(manifest.bundle.arch, manifest.bundle.version, digest)
+    for field in dataclasses.fields(BundleId):
+        found, want = getattr(record.bundle, field.name), getattr(wanted, field.name)
+        if found != want:
+            yield f"bundle.{field.name}: the record is about {found!r}, the manifest is {want!r}; run qualify again"
+    for name, limit in record.tolerance.items():
+        if name not in TOLERANCE or limit > TOLERANCE[name]:
+            yield f"tolerance: {name!r} at {limit} is not one of {TOLERANCE}, nor stricter"
+    try:
+        datetime.date.fromisoformat(record.date)
+    except ValueError:
+        yield f"date: {record.date!r} is not a date"
+
+
+def _coverage_problems(record: Record, manifest: Manifest) -> Iterator[str]:
+    for kernel in manifest.kernels:
+        result = record.kernels.get(kernel.id)
+        if result is None:
+            yield f"kernel {kernel.id}: not in the record"
+        else:
+            yield from (f"kernel {kernel.id}: {p}" for p in _kernel_problems(result, kernel, manifest))
+    for unknown in sorted(record.kernels.keys() - {k.id for k in manifest.kernels}):
+        yield f"kernel {unknown}: not in the manifest"
+
+
+def _kernel_problems(result: KernelResult, kernel: KernelInfo, manifest: Manifest) -> Iterator[str]:
+    wanted = [s.name for s in manifest.schedules if s.tile == kernel.tile.name]
+    limit = TOLERANCE.get(kernel.types.a)
+    for name in wanted:
+        if name not in result.schedules:
+            yield f"schedule {name}: not in the record"
+        elif limit is None:
+            yield f"no tolerance is set for activations of type {kernel.types.a!r}"
+        else:
+            yield from (f"schedule {name}: {p}" for p in _schedule_problems(result.schedules[name], limit))
+    for unknown in sorted(result.schedules.keys() - set(wanted)):
+        yield f"schedule {unknown}: not in the manifest"
+
+
+def _schedule_problems(result: ScheduleResult, limit: float) -> Iterator[str]:
+    m, n, k, group = result.worst_case
+    where = f"at M={m} N={n} K={k} group={group}"
+    if result.worst_error is None:
+        yield f"an output is not finite, or was not written, {where}"
+    elif not 0 <= result.worst_error <= limit:
+        yield f"error {result.worst_error:.3g}, where 0 to {limit:.3g} is allowed, {where}"
+    if result.cases < MIN_CASES:
+        yield f"{result.cases} cases, where {MIN_CASES} are wanted; run qualify without quick"
+    if not result.deterministic:
+        yield "two runs differ"
+    if not result.guards_intact:
+        yield "something beside the output was written"
+    yield from (f"raised {text}" for text in result.failures)

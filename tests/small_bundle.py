@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small real bundle for tests: the pipeline's writer, on bytes that look like cubins to it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import zipfile
+from functools import cache
+
+from build_kernels.check import Report
+from build_kernels.configs import ImplConfig
+from build_kernels.pack import Product, Release, write_bundle
+from machete_aot.archive import write_archive
+from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
+from machete_aot.manifest import Heuristic, Manifest, Toolchain, dump_manifest
+
+TYPES = (TypeConfig("bf16", "u4b8", "bf16"), TypeConfig("fp16", "u4b8", "fp16"))
+TILES = (TileConfig("stream", 1, 2, 1, 2, 8, 8, 2), TileConfig("dense", 2, 1, 2, 1, 128, 7, 1))
+SCHEDULES = (ScheduleConfig(TILES[0], 1), ScheduleConfig(TILES[0], 2), ScheduleConfig(TILES[1], 1))
+
+
+def cubin_like(seed: int, size: int = 700) -> bytes:
+    """Bytes that repeat between seeds, as cubins do, and differ in places."""
+    common, own = random.Random(0), random.Random(seed)
+    return bytes(own.randrange(256) if i % 16 == 0 else common.randrange(16) for i in range(size))
+
+
+def products() -> list[Product]:
+    kernels = ImplConfig(TYPES, SCHEDULES).specializations
+    return [Product(k, Report(90, 0, 0), cubin_like(i)) for i, k in enumerate(kernels)]
+
+
+def release() -> Release:
+    coefficients = {t.name: {s.name: {"fixed": 1.5, "waves": 2} for s in SCHEDULES} for t in TYPES}
+    return Release(
+        version="0.1.0",
+        arch="sm90a",
+        toolchain=Toolchain("13.0.88", "13.0.88", "4.2.0", ("-O3",)),
+        source_digest=hashlib.sha256(b"sources").hexdigest(),
+        schedules=SCHEDULES,
+        heuristic=Heuristic(1, "a test", {"name": "no device", "sms": 132}, coefficients),
+    )
+
+
+@cache
+def small_bundle() -> tuple[bytes, bytes, str]:
+    """The bundle, its manifest, and the manifest's sha256."""
+    data, manifest = write_bundle(products(), release())
+    return data, manifest, hashlib.sha256(manifest).hexdigest()
+
+
+def rewritten(manifest: Manifest | bytes, **replace: bytes) -> tuple[bytes, str]:
+    """The small bundle with another manifest and other entries, and the new manifest's digest."""
+    text = manifest if isinstance(manifest, bytes) else dump_manifest(manifest)
+    with zipfile.ZipFile(io.BytesIO(small_bundle()[0])) as archive:
+        files = [(name, replace.get(name, archive.read(name))) for name in archive.namelist()[:-1]]
+    return write_archive([*files, ("manifest.json", text)]), hashlib.sha256(text).hexdigest()

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real bundles, by the real writer, whose cubins are what the stub driver reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from build_kernels.check import Report
+from build_kernels.configs import Specialization
+from build_kernels.pack import Product, Release, write_bundle
+from machete_aot import abi
+from machete_aot.bundle import Bundle, open_bundle
+from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
+from machete_aot.manifest import Heuristic, Toolchain
+
+BF16 = TypeConfig("bf16", "u4b8", "bf16")
+FP16 = TypeConfig("fp16", "u4b8", "fp16")
+
+NARROW = TileConfig("stream", 2, 1, 1, 4, 8, 5, 2)  # 128 rows, 8 tokens, steps of 256 k
+WIDE = TileConfig("stream", 1, 2, 1, 2, 64, 5, 1)  # 64 rows, 64 tokens, steps of 256 k
+DENSE = TileConfig("dense", 2, 1, 1, 1, 256, 5, 1)  # 128 rows, 256 tokens, steps of 64 k
+SCHEDULES = tuple(
+    ScheduleConfig(tile, split)
+    for tile, splits in ((NARROW, (1, 2, 4)), (WIDE, (1, 2)), (DENSE, (1,)))
+    for split in splits
+)
+
+
+def schedule(tile: TileConfig, split: int = 1) -> str:
+    return ScheduleConfig(tile, split).name
+
+
+def stub_cubin(symbol: str, parameters: Sequence[tuple[int, int]] = abi.PARAMETERS) -> bytes:
+    """What the stub driver loads as a kernel with these parameters. It must end in a zero byte."""
+    return f"stub-cubin\n{symbol} {' '.join(f'{offset}:{size}' for offset, size in parameters)}\n\0".encode()
+
+
+def make_bundle(
+    parameters: Sequence[tuple[int, int]] = abi.PARAMETERS, static_shared_memory: int = 0, cubin: bytes | None = None
+) -> Bundle:
+    """A bundle of every type and tile above. ``cubin`` replaces all cubins."""
+    tiles = tuple(dict.fromkeys(s.tile for s in SCHEDULES))
+    kernels = [
+        Specialization(types, tile, tuple(s.split for s in SCHEDULES if s.tile == tile))
+        for types in (BF16, FP16)
+        for tile in tiles
+    ]
+    products = [
+        Product(kernel, Report(80, 0, static_shared_memory), cubin or stub_cubin(kernel.symbol, parameters))
+        for kernel in kernels
+    ]
+    release = Release(
+        version="0.0.1",
+        arch="sm90a",
+        toolchain=Toolchain("13.0.88", "13.0.88", "4.2.0", ()),
+        source_digest=hashlib.sha256(b"stub").hexdigest(),
+        schedules=SCHEDULES,
+        heuristic=Heuristic(1, "none", {}, {}),
+    )
+    data, manifest = write_bundle(products, release)
+    return open_bundle(data, manifest_sha256=hashlib.sha256(manifest).hexdigest())

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle's reader, on a small real bundle: every byte of the file is covered, and each damage has its own error."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import zstandard
+
+from machete_aot import bundle as bundle_module
+from machete_aot.archive import last_entry
+from machete_aot.bundle import Bundle, open_bundle
+from machete_aot.errors import (
+    BundleError,
+    CorruptError,
+    IncompatibleError,
+    MacheteError,
+    MissingError,
+    SchemaTooNewError,
+    TruncatedError,
+    UntrustedError,
+)
+from machete_aot.manifest import LayoutInfo, Manifest, dump_manifest, parse_manifest
+from small_bundle import products, rewritten, small_bundle
+
+DATA, TEXT, DIGEST = small_bundle()
+MANIFEST = parse_manifest(TEXT)
+END = last_entry(DATA, "manifest.json")  # the manifest's place
+
+
+def opened(data: bytes = DATA) -> Bundle:
+    return open_bundle(data, manifest_sha256=DIGEST)
+
+
+def flipped(at: int, mask: int = 0x01) -> bytes:
+    damaged = bytearray(DATA)
+    damaged[at] ^= mask
+    return bytes(damaged)
+
+
+def test_reading_gives_what_was_packed() -> None:
+    bundle = opened()
+    assert dump_manifest(bundle.manifest) == TEXT
+    assert bundle.manifest_sha256 == DIGEST
+    assert {p.kernel.id: p.cubin for p in products()} == {k.id: bundle.cubin(k.id) for k in bundle.manifest.kernels}
+    assert bundle.verify() == []
+
+
+def test_any_zip_tool_reads_it() -> None:
+    with zipfile.ZipFile(io.BytesIO(DATA)) as archive:
+        assert archive.testzip() is None
+        kernels = [f"frames/{k.id}" for k in MANIFEST.kernels]
+        assert archive.namelist() == ["dictionary", *kernels, "manifest.json"]
+        assert archive.read("manifest.json") == TEXT
+        assert {(i.compress_type, i.date_time) for i in archive.infolist()} == {(0, (1980, 1, 1, 0, 0, 0))}
+        for kernel in MANIFEST.kernels:
+            frame = DATA[kernel.frame.offset : kernel.frame.offset + kernel.frame.length]
+            assert archive.read(f"frames/{kernel.id}") == frame
+
+
+def test_packing_is_deterministic() -> None:
+    small_bundle.cache_clear()
+    assert small_bundle()[0] == DATA
+
+
+def covers(start: int, length: int) -> range:
+    return range(start, start + length)
+
+
+def test_each_flipped_byte_is_detected_and_has_the_right_type() -> None:
+    dictionary = covers(MANIFEST.dictionary.offset, MANIFEST.dictionary.length)
+    frames = {k.id: covers(k.frame.offset, k.frame.length) for k in MANIFEST.kernels}
+    header = len(END.local_header)
+    last_record = len(DATA) - len(END.central_header) - 22  # the end record has 22 bytes
+    needed = {*covers(END.offset - header, header + END.size), *range(last_record, len(DATA))}  # by opening
+    for at in range(len(DATA)):
+        data = flipped(at, 1 << at % 8)
+        try:
+            bundle = opened(data)
+        except CorruptError:
+            assert at in needed, at
+            continue
+        assert bundle.verify(), f"byte {at} is not covered"
+        assert all(isinstance(p, CorruptError) for p in bundle.verify()), bundle.verify()
+        assert at not in needed, at
+        for name, frame in frames.items():
+            if at in dictionary or at in frame:
+                with pytest.raises(CorruptError):
+                    bundle.cubin(name)
+            else:
+                assert hashlib.sha256(bundle.cubin(name)).hexdigest() == MANIFEST.kernel(name).cubin.sha256
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_each_byte_of_headers_and_ends_is_detected_whatever_the_flip(mask: int) -> None:
+    contents = {i for k in MANIFEST.kernels for i in covers(k.frame.offset, k.frame.length)}
+    contents |= {*covers(MANIFEST.dictionary.offset, MANIFEST.dictionary.length), *covers(END.offset, END.size)}
+    for at in sorted(set(range(len(DATA))) - contents):
+        try:
+            problems = opened(flipped(at, mask)).verify()
+        except CorruptError:
+            continue
+        assert problems, f"byte {at} is not covered"
+
+
+def test_each_truncation_says_how_much_is_missing() -> None:
+    for size in range(len(DATA)):
+        with pytest.raises(TruncatedError) as caught:
+            opened(DATA[:size])
+        assert caught.value.have == size < caught.value.want <= len(DATA), size
+
+
+def test_a_damaged_manifest_is_corrupt_and_a_foreign_one_untrusted() -> None:
+    with pytest.raises(CorruptError) as caught:
+        opened(flipped(END.offset + 40))
+    assert caught.value.have != caught.value.want
+    with pytest.raises(UntrustedError, match=DIGEST):
+        open_bundle(DATA, manifest_sha256="0" * 64)
+    with pytest.raises(UntrustedError, match="trusted: none"):
+        open_bundle(DATA, manifest_sha256=[])
+    assert open_bundle(DATA, manifest_sha256=["0" * 64, DIGEST]).manifest == MANIFEST
+
+
+@pytest.mark.parametrize("junk", [b"x", b"junk of some length" * 20, DATA + b"\0", b"\0" + DATA, TEXT])
+def test_what_is_no_bundle_is_corrupt(junk: bytes) -> None:
+    with pytest.raises(CorruptError):
+        opened(junk)
+
+
+def test_another_zip_writer_is_refused() -> None:
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("manifest.json", TEXT)
+    with pytest.raises(CorruptError):
+        opened(other.getvalue())
+
+
+def test_the_manifest_is_trusted_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(_: bytes) -> Manifest:
+        raise AssertionError("parsed before it was trusted")
+
+    monkeypatch.setattr(bundle_module, "parse_manifest", parse)
+    with pytest.raises(UntrustedError):
+        open_bundle(DATA, manifest_sha256="0" * 64)
+
+
+def test_a_frame_is_checked_before_it_is_decompressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = opened(flipped(MANIFEST.kernels[0].frame.offset + 5))
+    assert bundle.cubin(MANIFEST.kernels[1].id)  # decompresses the dictionary
+
+    def decompress(*_: object) -> bytes:
+        raise AssertionError("decompressed before its digest was checked")
+
+    monkeypatch.setattr(bundle_module, "_decompress", decompress)
+    with pytest.raises(CorruptError) as caught:
+        bundle.cubin(MANIFEST.kernels[0].id)
+    assert caught.value.want == MANIFEST.kernels[0].frame.sha256
+
+
+def with_first_kernel(change: Callable[[bytes], bytes], size: int) -> tuple[bytes, str, str]:
+    """A bundle whose first frame is ``change``d and vouched for by its manifest, with a cubin size of ``size``."""
+    kernel = MANIFEST.kernels[0]
+    frame = change(DATA[kernel.frame.offset : kernel.frame.offset + kernel.frame.length])
+    moved = len(frame) - kernel.frame.length
+    kernels = []
+    for k in MANIFEST.kernels:
+        shift = moved if k.frame.offset > kernel.frame.offset else 0
+        kernels.append(dataclasses.replace(k, frame=dataclasses.replace(k.frame, offset=k.frame.offset + shift)))
+    info = dataclasses.replace(kernels[0].frame, length=len(frame), sha256=hashlib.sha256(frame).hexdigest())
+    kernels[0] = dataclasses.replace(kernels[0], frame=info, cubin=dataclasses.replace(kernel.cubin, size=size))
+    data, digest = rewritten(dataclasses.replace(MANIFEST, kernels=tuple(kernels)), **{f"frames/{kernel.id}": frame})
+    return data, digest, kernel.id
+
+
+SIZE = MANIFEST.kernels[0].cubin.size
+BOMB = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+
+
+@pytest.mark.parametrize(
+    ("change", "size"),
+    [
+        (lambda frame: BOMB, SIZE),
+        (lambda frame: frame, SIZE - 1),
+        (lambda frame: frame + b"\0", SIZE),
+        (lambda frame: frame[:-1], SIZE),
+        (lambda frame: b"not zstd at all", SIZE),
+        (lambda frame: zstandard.ZstdCompressor().compress(bytes(SIZE)), SIZE),
+        (lambda frame: zstandard.ZstdCompressor(write_content_size=False).compress(bytes(SIZE)), SIZE),
+    ],
+    ids=["bomb", "other size", "extra byte", "short", "no zstd", "other content", "no size"],
+)
+def test_frames_that_do_not_hold_what_is_announced(change: Callable[[bytes], bytes], size: int) -> None:
+    data, digest, name = with_first_kernel(change, size)
+    bundle = open_bundle(data, manifest_sha256=digest)
+    with pytest.raises(CorruptError):
+        bundle.cubin(name)
+    assert any(name in str(p) for p in bundle.verify())
+    assert bundle.cubin(MANIFEST.kernels[1].id)
+
+
+def test_offsets_past_the_end_are_truncation() -> None:
+    kernel = MANIFEST.kernels[0]
+    moved = dataclasses.replace(kernel, frame=dataclasses.replace(kernel.frame, offset=1 << 20))
+    data, digest = rewritten(dataclasses.replace(MANIFEST, kernels=(moved, *MANIFEST.kernels[1:])))
+    bundle = open_bundle(data, manifest_sha256=digest)
+    with pytest.raises(TruncatedError) as caught:
+        bundle.cubin(kernel.id)
+    assert caught.value.want == (1 << 20) + kernel.frame.length
+    assert bundle.verify()
+
+
+def test_a_crc_that_is_wrong_in_both_headers_is_found() -> None:
+    kernel = MANIFEST.kernels[0]
+    content = DATA[kernel.frame.offset : kernel.frame.offset + kernel.frame.length]
+    crc = zlib.crc32(content).to_bytes(4, "little")
+    assert DATA.count(crc) == 2
+    bundle = opened(DATA.replace(crc, bytes(4)))
+    assert [p.want for p in bundle.verify() if isinstance(p, CorruptError)] == ["crc32 00000000"]
+    assert bundle.cubin(kernel.id)
+
+
+def test_a_dictionary_of_other_content_is_corrupt() -> None:
+    other = dataclasses.replace(MANIFEST.dictionary, raw_sha256="0" * 64)
+    data, digest = rewritten(dataclasses.replace(MANIFEST, dictionary=other))
+    bundle = open_bundle(data, manifest_sha256=digest)
+    with pytest.raises(CorruptError) as caught:
+        bundle.cubin(MANIFEST.kernels[0].id)
+    assert (caught.value.have, caught.value.want) == (MANIFEST.dictionary.raw_sha256, "0" * 64)
+    assert [str(p) for p in bundle.verify()] == [str(caught.value)]
+
+
+def test_verify_lists_all_problems() -> None:
+    damaged = bytearray(DATA)
+    for kernel in MANIFEST.kernels[:2]:
+        damaged[kernel.frame.offset + 3] ^= 1
+    damaged[MANIFEST.dictionary.offset + 3] ^= 1
+    text = "\n".join(map(str, opened(bytes(damaged)).verify()))
+    for what in ("the dictionary's frame", *(k.id for k in MANIFEST.kernels[:2])):
+        assert what in text
+    assert MANIFEST.kernels[2].id not in text
+
+
+def test_incompatible_bundles_say_why() -> None:
+    other = dataclasses.replace(
+        MANIFEST,
+        abi=dataclasses.replace(MANIFEST.abi, version=99),
+        layouts=(LayoutInfo("n64k64-u4", 7), LayoutInfo("banana", 1)),
+    )
+    data, digest = rewritten(other)
+    with pytest.raises(IncompatibleError) as caught:
+        open_bundle(data, manifest_sha256=digest)
+    assert [p.split(",")[0] for p in caught.value.problems] == [
+        "ABI 99 with parameters ((0",
+        "layout n64k64-u4 version 7",
+        "layout banana version 1",
+    ]
+
+
+def test_newer_schemas_and_invalid_manifests() -> None:
+    data, digest = rewritten(json.dumps({"schema": 5}).encode())
+    with pytest.raises(SchemaTooNewError):
+        open_bundle(data, manifest_sha256=digest)
+    data, digest = rewritten(json.dumps({"schema": 1}).encode())
+    with pytest.raises(BundleError) as caught:
+        open_bundle(data, manifest_sha256=digest)
+    assert len(caught.value.problems) == 10
+
+
+def test_missing_kernels() -> None:
+    with pytest.raises(MissingError, match="no kernel 'banana'"):
+        opened().cubin("banana")
+
+
+def test_reading_from_threads() -> None:
+    bundle = opened()
+    names = [k.id for k in MANIFEST.kernels] * 50
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(bundle.cubin, names))
+    assert [hashlib.sha256(c).hexdigest() for c in found] == [MANIFEST.kernel(n).cubin.sha256 for n in names]
+
+
+def test_every_error_is_the_packages_own() -> None:
+    errors = [MissingError, TruncatedError, CorruptError, SchemaTooNewError, UntrustedError, IncompatibleError]
+    assert all(issubclass(e, BundleError) and issubclass(e, MacheteError) for e in errors)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle in the package: intact, pinned, built from the sources in this tree, and qualified on a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import pytest
+
+from build_kernels.catalogue import schedules, specializations
+from build_kernels.errors import ToolchainError
+from build_kernels.paths import MANIFESTS
+from build_kernels.release import manifest_path
+from build_kernels.reproduce import reproduce
+from build_kernels.sources import source_digest
+from build_kernels.toolchain import FLAGS, find_tools
+from machete_aot.bundle import Bundle
+from machete_aot.fetch import fetch_bundle, pins
+from machete_aot.manifest import dump_manifest
+from machete_aot.qualify import check_record
+from machete_aot.version import __version__
+
+SAMPLE = int(os.environ.get("MACHETE_AOT_REPRODUCE_SAMPLE", "2"))
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MACHETE_AOT_SOURCE", raising=False)
+        return fetch_bundle("sm90a")
+
+
+def test_every_byte_is_intact(bundle: Bundle) -> None:
+    assert bundle.verify() == []
+
+
+def test_the_pin_the_copy_in_manifests_and_the_bundle_agree(bundle: Bundle) -> None:
+    copy = manifest_path().read_bytes()
+    assert dump_manifest(bundle.manifest) == copy
+    assert [p.manifest_sha256 for p in pins() if p.arch == "sm90a"] == [hashlib.sha256(copy).hexdigest()]
+    assert bundle.manifest.bundle.version == __version__
+
+
+def test_it_was_built_from_these_sources(bundle: Bundle) -> None:
+    assert bundle.manifest.provenance.source_digest == source_digest(), "run `python -m build_kernels`"
+    assert bundle.manifest.toolchain.flags == FLAGS
+    assert [k.id for k in bundle.manifest.kernels] == [k.id for k in specializations()]
+    assert [s.name for s in bundle.manifest.schedules] == [s.name for s in schedules()]
+
+
+def test_kernels_are_without_spills_and_schedules_with_coefficients(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert {k.spills for k in manifest.kernels} == {0}
+    for types in manifest.types:
+        fitted = manifest.heuristic.coefficients.get(types.name, {})
+        assert set(fitted) == {s.name for s in manifest.schedules_for(types)}
+
+
+def test_a_sample_compiles_to_the_same_digests(bundle: Bundle) -> None:
+    try:
+        find_tools()
+    except ToolchainError as e:
+        pytest.skip(str(e))
+    assert len(reproduce(bundle, SAMPLE, seed=int(bundle.manifest_sha256[:8], 16), quiet=True)) == SAMPLE
+
+
+def test_a_qualification_record_covers_it(bundle: Bundle) -> None:
+    folder = MANIFESTS / "qualification"
+    found = {p.name: check_record(json.loads(p.read_text()), bundle.manifest) for p in sorted(folder.glob("*.json"))}
+    complaints = "\n".join(f"{name}: {problems[:5]}" for name, problems in found.items())
+    assert any(not problems for problems in found.values()), (
+        f"no record in {folder} covers manifest {bundle.manifest_sha256}; run `machete-aot qualify`\n{complaints}"
+    )

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches: plans as a pure function, and what reaches the driver, parameter byte by parameter byte."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from machete_aot import abi
+from machete_aot.config import TileConfig
+from machete_aot.errors import ArgumentError, DriverCallError
+from machete_aot.launch import LaunchPlan, Operands, Shape, make_plan, multiply, parameter_bytes
+from stub.bundles import BF16, DENSE, FP16, NARROW, WIDE, make_bundle, schedule
+from stub.harness import Stub, stubbed
+
+STREAM = 0x5EED0
+OPERANDS = Operands(acts=0x7F0000000000, weights=0x7F1000000000, scales=0x7F2000000000, bias=0, out=0x7F4000000000)
+BUNDLE = make_bundle()
+
+
+def kernel(tile: TileConfig):
+    return BUNDLE.manifest.kernel_for(BF16, schedule(tile))
+
+
+def shape(m: int, n: int, k: int, group: int = 128, **strides: int) -> Shape:
+    full = {"row_stride": -(-k // 8) * 8, "scale_stride": -(-n // 8) * 8, "out_stride": n, **strides}
+    return Shape(m, n, k, group, **full)
+
+
+def plan(tile: TileConfig, split: int, m: int, n: int, k: int, group: int = 128, **strides: int) -> LaunchPlan:
+    return make_plan(kernel(tile), split, shape(m, n, k, group, **strides), sms=132)
+
+
+@pytest.mark.parametrize(
+    ("split", "k", "expected"),
+    # a step of NARROW is 256 k
+    [
+        (4, 4096, 4),
+        (4, 1024, 4),
+        (4, 1000, 4),
+        (4, 768, 2),
+        (4, 513, 2),
+        (4, 512, 2),
+        (4, 256, 1),
+        (4, 1, 1),
+        (2, 768, 2),
+    ],
+)
+def test_split_leaves_every_cta_a_step(split: int, k: int, expected: int) -> None:
+    assert NARROW.effective_split(split, k) == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "split", "expected"),
+    [
+        (8192, 1, 132),  # 64 row tiles: fewer than SMs, so all of them
+        (8192, 2, 132),  # 128
+        (8192, 4, 264),  # 256 of 264: within 10%
+        (128 * 133, 1, 133),  # the next multiple, 264, is far
+        (128 * 240, 1, 240),  # 264 is exactly 10% above: not below
+        (128 * 241, 1, 264),
+        (128 * 132, 1, 132),
+        (1, 4, 132),
+        (128 * 128, 4, 528),  # 512 to 528
+    ],
+)
+def test_grid_is_padded_where_that_is_near(n: int, split: int, expected: int) -> None:
+    found = plan(NARROW, split, 8, n, 4096)
+    assert found.grid == (expected, 1, 1)
+    assert found.cluster == (split, 1, 1)
+
+
+def test_padded_grid_is_a_multiple_of_the_cluster() -> None:
+    assert make_plan(kernel(NARROW), 4, shape(1, 128, 4096), sms=114).grid == (116, 1, 1)
+
+
+def test_several_token_tiles_are_not_padded() -> None:
+    assert plan(NARROW, 2, 9, 8192, 4096).grid == (128, 2, 1)
+    assert plan(WIDE, 1, 4096, 128, 4096).grid == (2, 64, 1)
+
+
+def test_dense_grid_is_at_most_the_sms() -> None:
+    assert plan(DENSE, 1, 4096, 8192, 4096).grid == (132, 1, 1)
+    assert plan(DENSE, 1, 257, 129, 4096).grid == (4, 1, 1)
+
+
+def test_limits_are_typed() -> None:
+    with pytest.raises(ArgumentError, match="at most 65535"):
+        plan(NARROW, 1, 8 * 65536, 128, 128)
+    with pytest.raises(ArgumentError, match="k = 134217728"):
+        plan(NARROW, 1, 1, 128, 2**27)
+    with pytest.raises(ArgumentError, match="n = 2147483648"):
+        plan(DENSE, 1, 1, 2**31, 128)
+    with pytest.raises(ArgumentError, match="out_stride"):
+        plan(DENSE, 1, 2, 128, 128, out_stride=2**31)
+    with pytest.raises(ArgumentError, match="strides below"):
+        plan(DENSE, 1, 2, 128, 128, row_stride=2**39)
+    with pytest.raises(ArgumentError, match="tiles"):
+        plan(DENSE, 1, 2**31 - 1, 2**31 - 8, 128)
+
+
+def test_largest_row_stride_is_accepted() -> None:
+    assert plan(DENSE, 1, 2, 128, 128, row_stride=2**39 - 8).acts.strides[0] == 2**40 - 16
+
+
+@given(
+    st.sampled_from([NARROW, WIDE]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 300),
+    st.integers(1, 70000),
+    st.integers(1, 20000),
+    st.integers(1, 200),
+)
+def test_stream_grid_covers_the_product(tile: TileConfig, split: int, m: int, n: int, k: int, sms: int) -> None:
+    found = make_plan(kernel(tile), split, shape(m, n, k), sms)
+    used = found.cluster[0]
+    needed = -(-n // tile.rows) * used
+    assert used <= split
+    assert used & (used - 1) == 0
+    assert found.grid[0] % used == 0
+    assert found.grid[1] * tile.tokens >= m > (found.grid[1] - 1) * tile.tokens
+    assert needed <= found.grid[0]
+    if found.grid[1] > 1:
+        assert found.grid[0] == needed
+    elif needed >= sms:
+        assert found.grid[0] * 10 < needed * 11 + 10 * used
+    else:
+        assert found.grid[0] < sms + used
+    assert found.shared_memory == tile.shared_memory(used)
+
+
+@pytest.mark.parametrize(
+    ("k", "group", "units"),
+    [(4096, 128, 2), (4096, 64, 1), (4096, 4096, 64), (4100, 8192, 65), (4160, 4160, 65), (100, 100, 2), (576, 192, 3)],
+)
+def test_group_units(k: int, group: int, units: int) -> None:
+    assert plan(NARROW, 1, 1, 128, k, group).params["group_units"] == units
+
+
+@pytest.mark.parametrize(
+    ("n", "out_stride", "out", "pairs"),
+    [(128, 128, 0, True), (128, 130, 4, True), (132, 132, 0, False), (128, 129, 0, False), (128, 128, 2, False)],
+)
+def test_pairs_are_stored_where_they_are_aligned(n: int, out_stride: int, out: int, pairs: bool) -> None:
+    data = parameter_bytes(plan(NARROW, 1, 2, n, 128, out_stride=out_stride), OPERANDS._replace(out=4096 + out))
+    assert bool(abi.unpack_params(data)["flags"] & abi.FLAG_STORE_PAIRS) is pairs
+
+
+def run(tile: TileConfig, split: int, shape: Shape, operands: Operands = OPERANDS, overlap: bool = False, **kw) -> None:
+    types, device = kw.get("types", BF16), kw.get("device", 0)
+    multiply(BUNDLE, types, shape, schedule(tile, split), operands, device, STREAM, overlap)
+
+
+@stubbed
+def test_aligned_launch(stub: Stub) -> None:
+    run(NARROW, 2, shape(5, 8192, 4096, row_stride=4104, out_stride=8200), OPERANDS._replace(bias=0x7F3000000000))
+    (launch,) = stub.launches
+    assert launch.symbol == f"machete_bf16_u4b8__{NARROW.name}"
+    assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (320, 1, 1), (2, 1, 1))
+    assert launch.shared_memory == NARROW.shared_memory(2)
+    assert (launch.device, launch.stream, launch.programmatic, launch.attributes) == (0, STREAM, False, 1)
+    assert launch.tensor_map == (
+        1, OPERANDS.acts, (64, 5, 64), (8208, 128), (64, 8, 4), (1, 1, 1), 0, 3, 3, 0
+    )  # fmt: skip
+    assert len(launch.parameters) == 192
+    assert abi.unpack_params(launch.parameters[128:]) == {
+        "weights": OPERANDS.weights,
+        "scales": OPERANDS.scales,
+        "bias": 0x7F3000000000,
+        "out": OPERANDS.out,
+        "m": 5,
+        "n": 8192,
+        "k": 4096,
+        "scale_stride": 8192,
+        "out_stride": 8200,
+        "group_units": 2,
+        "flags": abi.FLAG_STORE_PAIRS,
+    }
+
+
+@stubbed
+def test_ragged_k_takes_the_2d_tensor_map(stub: Stub) -> None:
+    run(WIDE, 2, shape(100, 4304, 1160, group=-(-1160 // 64) * 64))
+    (launch,) = stub.launches
+    assert launch.grid == (2 * -(-4304 // 64), 2, 1)
+    assert launch.tensor_map.dims == (1160, 100)
+    assert launch.tensor_map.strides == (2320,)
+    assert launch.tensor_map.box == (64, 64)
+    params = abi.unpack_params(launch.parameters[128:])
+    assert params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_STORE_PAIRS
+    assert params["group_units"] == 19
+
+
+@stubbed
+def test_split_is_clamped_with_its_shared_memory(stub: Stub) -> None:
+    run(NARROW, 4, shape(1, 128, 600))
+    run(NARROW, 4, shape(1, 128, 256))
+    two, one = stub.launches
+    assert (two.cluster, two.shared_memory, two.attributes) == ((2, 1, 1), NARROW.shared_memory(2), 1)
+    assert (one.cluster, one.shared_memory, one.attributes) == ((1, 1, 1), NARROW.shared_memory(1), 0)
+
+
+@stubbed
+def test_dense_launch(stub: Stub) -> None:
+    run(DENSE, 1, shape(4096, 8192, 4096), types=FP16)
+    (launch,) = stub.launches
+    assert launch.symbol == f"machete_fp16_u4b8__{DENSE.name}"
+    assert (launch.grid, launch.block, launch.attributes) == ((132, 1, 1), (384, 1, 1), 0)
+    assert launch.tensor_map.box == (64, 256, 1)
+
+
+@stubbed
+def test_overlap_is_one_attribute(stub: Stub) -> None:
+    run(NARROW, 1, shape(1, 128, 4096), overlap=True)
+    run(NARROW, 2, shape(1, 128, 4096), overlap=True)
+    run(NARROW, 2, shape(1, 128, 4096), overlap=False)
+    assert [(x.programmatic, x.cluster[0], x.attributes) for x in stub.launches] == [(1, 1, 1), (1, 2, 2), (0, 2, 1)]
+
+
+@stubbed
+def test_tensor_maps_are_encoded_once(stub: Stub) -> None:
+    for _ in range(3):
+        run(NARROW, 1, shape(1, 128, 4096))
+        run(NARROW, 1, shape(2, 128, 4096))
+        run(NARROW, 1, shape(1, 128, 4096), OPERANDS._replace(acts=OPERANDS.acts + 16))
+    assert stub.calls("cuTensorMapEncodeTiled") == 3
+    assert len({launch.parameters[:128] for launch in stub.launches}) == 3
+
+
+@stubbed
+def test_failed_encoding_and_launch_are_typed(stub: Stub) -> None:
+    with pytest.raises(DriverCallError, match="cuTensorMapEncodeTiled failed"):
+        run(NARROW, 1, shape(1, 128, 4096), OPERANDS._replace(acts=OPERANDS.acts + 2))
+    stub.fail("cuLaunchKernelEx", 701)
+    with pytest.raises(DriverCallError, match=r"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES \(701\)") as caught:
+        run(NARROW, 1, shape(1, 128, 4096))
+    assert (caught.value.call, caught.value.code) == ("cuLaunchKernelEx", 701)
+    stub.fail("cuLaunchKernelEx", 0)
+    run(NARROW, 1, shape(1, 128, 4096))
+    assert len(stub.launches) == 1
+
+
+@stubbed
+def test_unknown_schedule_lists_what_there_is(stub: Stub) -> None:
+    with pytest.raises(ArgumentError, match=schedule(NARROW, 4)):
+        multiply(BUNDLE, BF16, shape(1, 128, 128), "nonsense", OPERANDS, 0, STREAM, False)
+    assert not stub.launches

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest's parser: accepts what the writer writes, reports all else, never fails in another way."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from machete_aot.config import TypeConfig
+from machete_aot.errors import BundleError, MissingError, SchemaTooNewError
+from machete_aot.manifest import dump_manifest, kernel_id, parse_manifest
+from small_bundle import SCHEDULES, TILES, TYPES, small_bundle
+
+TEXT = small_bundle()[1]
+DOCUMENT = json.loads(TEXT)
+MANIFEST = parse_manifest(TEXT)
+
+
+def problems_of(change: Callable[[Any], None]) -> tuple[str, ...]:
+    document = copy.deepcopy(DOCUMENT)
+    change(document)
+    with pytest.raises(BundleError) as caught:
+        parse_manifest(json.dumps(document).encode())
+    assert caught.value.problems
+    return caught.value.problems
+
+
+def test_writing_is_the_inverse_of_parsing() -> None:
+    assert dump_manifest(MANIFEST) == TEXT
+    assert parse_manifest(dump_manifest(MANIFEST)) == MANIFEST
+
+
+def test_canonical_form() -> None:
+    assert json.dumps(DOCUMENT, sort_keys=True, indent=2).encode() + b"\n" == TEXT
+    assert list(DOCUMENT) == sorted(DOCUMENT)
+
+
+def test_every_field_of_the_contract_is_there() -> None:
+    assert set(DOCUMENT) == {
+        *("schema", "bundle", "abi", "layouts", "toolchain", "provenance", "compat"),
+        *("dictionary", "kernels", "schedules", "heuristic"),
+    }
+    assert DOCUMENT["abi"] == {"version": 1, "parameters": [[0, 128], [128, 64]]}
+    assert DOCUMENT["compat"] == {"compute_capability": [9, 0], "min_driver": 13000, "elf_abi": 8}
+    kernel = DOCUMENT["kernels"][0]
+    assert kernel["symbol"] == "machete_" + kernel["id"]
+    assert set(kernel) == {
+        *("id", "symbol", "layout", "types", "tile", "threads", "registers", "spills", "static_shared_memory"),
+        *("frame", "cubin"),
+    }
+
+
+def test_lookups() -> None:
+    bf16, stream = TYPES[0], TILES[0]
+    assert MANIFEST.types == TYPES
+    assert {k.tile for k in MANIFEST.kernels_for(bf16)} == set(TILES)
+    assert [s.name for s in MANIFEST.schedules_for(bf16)] == [s.name for s in SCHEDULES]
+    kernel = MANIFEST.kernel(kernel_id(bf16, stream.name))
+    assert (kernel.types, kernel.tile) == (bf16, stream)
+    assert MANIFEST.kernel_for(bf16, SCHEDULES[1].name) is kernel
+    assert MANIFEST.schedule(SCHEDULES[1].name).shared_memory == stream.shared_memory(2)
+
+
+def test_lookups_of_what_is_not_there() -> None:
+    other = TypeConfig("bf16", "u8b128", "bf16")
+    assert MANIFEST.kernels_for(other) == MANIFEST.schedules_for(other) == ()
+    for look_up in (MANIFEST.kernel, MANIFEST.schedule):
+        with pytest.raises(MissingError, match="no_such_thing"):
+            look_up("no_such_thing")
+
+
+def test_a_newer_schema_is_told_from_a_damaged_manifest() -> None:
+    with pytest.raises(SchemaTooNewError) as caught:
+        parse_manifest(json.dumps({"schema": 2, "unheard": "of"}).encode())
+    assert (caught.value.have, caught.value.want) == (2, 1)
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    def change(document: Any) -> None:
+        document["bundle"]["arch"] = 9
+        del document["toolchain"]["nvcc"]
+        document["kernels"][1]["threads"] = "many"
+        document["surprise"] = 1
+
+    found = "\n".join(problems_of(change))
+    for word in ("manifest.bundle.arch", "toolchain.nvcc: missing", "kernels[1].threads", "surprise: unknown"):
+        assert word in found
+
+
+def kernel(**changes: Any) -> Callable[[Any], None]:
+    return lambda document: document["kernels"][0].update(changes)
+
+
+def nested(part: str, **changes: Any) -> Callable[[Any], None]:
+    return lambda document: document["kernels"][0][part].update(changes)
+
+
+def section(name: str, **changes: Any) -> Callable[[Any], None]:
+    return lambda document: document[name].update(changes)
+
+
+def swap_frames(document: Any) -> None:
+    document["kernels"][0]["frame"]["offset"] = document["kernels"][1]["frame"]["offset"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (kernel(registers=True), "expected int, found bool"),
+        (kernel(registers=90.0), "expected int, found float"),
+        (kernel(registers=None), "found null"),
+        (kernel(registers=2**60), "beyond 2^53"),
+        (kernel(registers=256), "registers 256"),
+        (kernel(spills=-1), "out of range"),
+        (kernel(id="other"), "id should be"),
+        (kernel(symbol="machete_other"), "symbol"),
+        (kernel(symbol="a\nb"), "not printable"),
+        (kernel(layout="n64k64-u8"), "layout"),
+        (kernel(threads=321), "threads 321"),
+        (kernel(frame=[]), "expected an object, found a list"),
+        (nested("tile", family="banana"), "tile.family"),
+        (nested("tile", tokens=12), "multiple of 8"),
+        (nested("tile", stages=0), "tile.stages: 0"),
+        (nested("types", a="../x"), "types.a"),
+        (nested("frame", offset=-1), "frame: bytes -1"),
+        (nested("frame", length=0), "frame: bytes"),
+        (nested("frame", offset=2**40), "outside"),
+        (nested("frame", sha256="AB" * 32), "sha256"),
+        (nested("cubin", size=0), "cubin: size 0"),
+        (nested("cubin", size=2**30), "cubin: size"),
+        (swap_frames, "overlap"),
+        (section("dictionary", raw_size=2**40), "dictionary: size"),
+        (section("dictionary", offset=0, length=10**6), "overlap"),
+        (section("bundle", version="0 1"), "bundle.version"),
+        (section("provenance", source_digest=""), "source_digest"),
+        (section("abi", parameters=[[0, 128], [100, 64]]), "abi.parameters"),
+        (section("abi", parameters=[[0, 128, 1]]), "expected 2 values, found 3"),
+        (section("heuristic", coefficients={"int3": {}}), "int3"),
+        (section("heuristic", coefficients={TYPES[0].name: {"x": {}}}), "'x', which the bundle lacks"),
+        (section("heuristic", coefficients={TYPES[0].name: {"x": {"y": "z"}}}), "expected float or int, found str"),
+        (lambda d: d["kernels"].append(copy.deepcopy(d["kernels"][0])), "occurs twice"),
+        (lambda d: d["schedules"].append(d["schedules"][0]), "occurs twice"),
+        (lambda d: d["layouts"].append(d["layouts"][0]), "occurs twice"),
+        (lambda d: d["schedules"][0].update(split=3), "name should be"),
+        (lambda d: d["schedules"][0].update(shared_memory=240 * 1024), "shared_memory"),
+        (lambda d: d["schedules"][0].update(tile="none"), "no kernel has its tile"),
+        (lambda d: d.update(schema=0), "schema: 0"),
+        (lambda d: d.update(schema="1"), "expected int"),
+        (lambda d: d.update(kernels=[]), "kernels: empty"),
+    ],
+)
+def test_violations(change: Callable[[Any], None], word: str) -> None:
+    assert any(word in problem for problem in problems_of(change)), problems_of(change)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 10_000,
+        b'{"schema": NaN}',
+        b'{"schema": 1, "schema": 1}',
+        b"null",
+        b'"\\ud800"',
+        TEXT[:-3],
+        TEXT + b"x",
+        TEXT.replace(b'"registers": 90', b'"registers": 90, "registers": 90', 1),
+        TEXT.replace(b'"fixed": 1.5', b'"fixed": 1e999', 1),
+        TEXT.replace(b'"fixed": 1.5', b'"fixed": Infinity', 1),
+        b" " * (16 << 20) + TEXT,
+    ],
+)
+def test_hostile_bytes(data: bytes) -> None:
+    with pytest.raises(BundleError) as caught:
+        parse_manifest(data)
+    assert caught.value.problems
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=8), v, max_size=4))
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [prefix, *(p for key, child in items for p in paths(child, (*prefix, key)))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(path=st.sampled_from(paths(DOCUMENT)[1:]), value=VALUES, drop=st.booleans())
+def test_any_change_is_rejected_or_harmless(path: tuple[Any, ...], value: Any, drop: bool) -> None:
+    document = copy.deepcopy(DOCUMENT)
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    if drop:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    try:
+        parsed = parse_manifest(json.dumps(document).encode())
+    except BundleError as e:
+        assert e.problems or isinstance(e, SchemaTooNewError)
+    else:
+        assert json.loads(dump_manifest(parsed)) == document
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | st.text(alphabet='{}[]",:0123456789eE+-.ntrufalse \\', max_size=200).map(str.encode))
+def test_any_bytes_are_rejected(data: bytes) -> None:
+    with pytest.raises(BundleError):
+        parse_manifest(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(TEXT) - 1), st.integers(1, 255))
+def test_flipped_bytes_never_escape_as_other_errors(at: int, mask: int) -> None:
+    damaged = bytearray(TEXT)
+    damaged[at] ^= mask
+    try:
+        assert parse_manifest(bytes(damaged)) != MANIFEST or json.loads(damaged) == DOCUMENT
+    except BundleError as e:
+        assert e.problems or isinstance(e, SchemaTooNewError)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build pipeline but for the compiler: catalogue, generated sources, the ABI header, toolchain, release, CLI."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from build_kernels import abi, catalogue, toolchain
+from build_kernels.__main__ import main
+from build_kernels.check import (
+    Report,
+    register_limit,
+    shared_memory_problems,
+)
+from build_kernels.configs import Specialization
+from build_kernels.errors import BuildError, ToolchainError
+from build_kernels.generate import generate, render
+from build_kernels.heuristic import fitted_to, read_heuristic
+from build_kernels.pack import served
+from build_kernels.paths import ROOT
+from build_kernels.release import release
+from build_kernels.reproduce import choose
+from build_kernels.sources import source_digest, source_files
+from machete_aot.abi import ABI_VERSION, OFFSETS, SIZE
+from machete_aot.bundle import open_bundle
+from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
+from machete_aot.manifest import Heuristic
+from small_bundle import SCHEDULES, TYPES, cubin_like, products
+
+STREAM = TileConfig("stream", 1, 2, 1, 2, 8, 8, 2)
+KERNEL = Specialization(TYPES[0], STREAM, (1, 2))
+
+# ---------------------------------------------------------------- the catalogue
+
+
+def test_catalogue_ids_are_unique_and_are_c_identifiers() -> None:
+    kernels = catalogue.specializations()
+    assert len({k.id for k in kernels}) == len(kernels) >= 6 * len(catalogue.TYPES)
+    assert [k.id for k in kernels] == sorted(k.id for k in kernels)
+    assert all(re.fullmatch(r"machete_[a-z0-9_]+", k.symbol) for k in kernels)
+
+
+def test_catalogue_schedules_are_unique_and_have_a_form_without_clusters() -> None:
+    schedules = catalogue.schedules()
+    assert len({s.name for s in schedules}) == len(schedules) >= 6
+    assert {s.tile for s in schedules if s.split == 1} == {s.tile for s in schedules}
+    assert {k.tile for k in catalogue.specializations()} == {s.tile for s in schedules}
+
+
+@pytest.mark.parametrize("kernel", catalogue.specializations(), ids=lambda k: k.id)
+def test_catalogue_shared_memory_is_within_budget(kernel: Specialization) -> None:
+    assert list(shared_memory_problems(kernel)) == []
+
+
+def test_shared_memory_budgets() -> None:
+    tile = TileConfig("stream", 2, 1, 1, 2, 64, 4, 2)
+    assert any("2 CTAs an SM need" in p for p in shared_memory_problems(Specialization(TYPES[0], tile, (2,))))
+    assert list(shared_memory_problems(Specialization(TYPES[0], tile, (1,)))) == []
+    assert list(shared_memory_problems(Specialization(TYPES[0], tile, (1,)), static=32 * 1024))
+    huge = TileConfig("dense", 2, 1, 1, 1, 256, 7, 1)
+    assert any("limit 232448" in p for p in shared_memory_problems(Specialization(TYPES[0], huge, (1,))))
+    assert any("not among" in p for p in shared_memory_problems(Specialization(TYPES[0], huge, (2,))))
+
+
+# threads, CTAs an SM -> what ptxas allows for __launch_bounds__(threads, CTAs)
+@pytest.mark.parametrize(
+    ("threads", "ctas", "limit"),
+    [(320, 2, 96), (320, 1, 168), (192, 2, 168), (576, 1, 96), (384, 1, 168), (128, 1, 255)],
+)
+def test_register_limit(threads: int, ctas: int, limit: int) -> None:
+    assert register_limit(threads, ctas) == limit
+
+
+# ---------------------------------------------------------------- generated sources
+
+
+def test_generated_source() -> None:
+    text = render(KERNEL)
+    assert text.startswith("// SPDX-License-Identifier: Apache-2.0\n")
+    assert '#include "stream_gemm.cuh"\n' in text
+    assert "using Types = machete::Bf16U4b8;\n" in text
+    tile = re.search(r"using Tile = machete::StreamTile<(.*?)>;", text, re.S)
+    assert tile and re.findall(r"/\*(\w+)\*/ (\d+)", tile[1]) == [
+        *(("row_warpgroups", "1"), ("k_warpgroups", "2"), ("blocks", "1")),
+        *(("units", "2"), ("tokens", "8"), ("stages", "8")),
+    ]
+    for fact in ("THREADS == 320", "ROWS == 64", "STEP_UNITS == 4"):
+        assert f"static_assert(Tile::{fact});\n" in text
+    for split in KERNEL.splits:
+        assert f"static_assert(machete::shared_memory<Tile>({split}) == {STREAM.shared_memory(split)});\n" in text
+    assert f"__launch_bounds__(Tile::THREADS, 2)\n    {KERNEL.symbol}(" in text
+    assert "  machete::stream_gemm<Types, Tile>(acts, params);\n" in text
+
+
+def test_unchanged_sources_are_not_written_again(tmp_path: Path) -> None:
+    generate([KERNEL], tmp_path)
+    path = tmp_path / f"{KERNEL.id}.cu"
+    before = path.stat().st_mtime_ns
+    generate([KERNEL], tmp_path)
+    assert path.stat().st_mtime_ns == before
+    path.write_text("changed")
+    generate([KERNEL], tmp_path)
+    assert path.read_text() == render(KERNEL)
+
+
+def test_the_source_digest_follows_every_source(tmp_path: Path) -> None:
+    names = source_files()
+    for name in ("csrc/kernels/gemm_params.h", "build_kernels/templates/kernel.cu.j2", "machete_aot/config.py"):
+        assert name in names
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    digests = {source_digest(tmp_path)}
+    assert digests == {source_digest()}
+    for name in names:
+        with (tmp_path / name).open("a") as f:
+            f.write("\n")
+        digests.add(source_digest(tmp_path))
+    assert len(digests) == len(names) + 1
+
+
+# ---------------------------------------------------------------- the ABI header
+
+_PROBE = """
+#include <stdio.h>
+#include "gemm_params.h"
+int main(void) {
+  printf("%d %d %d %d\\n", MACHETE_ABI_VERSION, FLAG_ACTS_2D, FLAG_STORE_PAIRS, (int)sizeof(GemmParams));
+  FIELDS
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("language", ["c", "c++"])
+def test_the_compiled_header_agrees_with_python(tmp_path: Path, language: str) -> None:
+    fields = "\n".join(f'printf("%d\\n", (int)offsetof(GemmParams, {name}));' for name in OFFSETS)
+    program = tmp_path / "probe"
+    abi.write_header(tmp_path / "gemm_params.h")
+    command = ["g++", "-x", language, "-Wall", "-Werror", "-", f"-I{tmp_path}", "-o", str(program)]
+    subprocess.run(command, input=_PROBE.replace("FIELDS", fields), text=True, check=True)
+    first, *offsets = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert list(map(int, first.split())) == [ABI_VERSION, 1, 2, SIZE]
+    assert list(map(int, offsets)) == list(OFFSETS.values())
+
+
+def test_the_header_in_the_tree_is_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert abi.header_is_current()
+    assert main(["abi", "--check"]) == 0
+    stale = tmp_path / "gemm_params.h"
+    assert not abi.header_is_current(stale)
+    stale.write_text(abi.render_header().replace("int32_t m;", "int64_t m;"))
+    assert not abi.header_is_current(stale)
+
+
+# ---------------------------------------------------------------- toolchain
+
+
+@pytest.fixture
+def fresh_tools() -> Iterator[None]:
+    toolchain.find_tools.cache_clear()
+    yield
+    toolchain.find_tools.cache_clear()
+
+
+def test_another_version_of_nvcc_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tools: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("nvcc", "ptxas"):
+        (tmp_path / name).write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv(toolchain.NVCC_VARIABLE, str(tmp_path / "nvcc"))
+    with pytest.raises(ToolchainError, match=r"version 12\.4\.131, wanted 13\.0\.88"):
+        toolchain.find_tools()
+    assert main(["--only", KERNEL.id]) == 3
+    assert "12.4.131" in capsys.readouterr().err
+
+
+def test_a_missing_nvcc_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tools: None) -> None:
+    monkeypatch.setenv(toolchain.NVCC_VARIABLE, str(tmp_path / "nvcc"))
+    with pytest.raises(ToolchainError, match="is no file"):
+        toolchain.find_tools()
+
+
+# ---------------------------------------------------------------- release and command line
+
+SERVED = served(products(), SCHEDULES)
+
+
+def fitted(*, without: tuple[str, str] | None = None) -> Heuristic:
+    coefficients: dict[str, dict[str, dict[str, float]]] = {}
+    for types, schedule in SERVED:
+        if (types.name, schedule.name) != without:
+            coefficients.setdefault(types.name, {})[schedule.name] = {"fixed": 1.0}
+    return Heuristic(1, "test", {}, coefficients)
+
+
+def test_unfitted_schedules_are_listed() -> None:
+    assert fitted_to(fitted(), SERVED) == fitted()
+    missing = (SERVED[1][0].name, SERVED[1][1].name)
+    partial = fitted(without=missing)
+    with pytest.raises(BuildError) as caught:
+        fitted_to(partial, SERVED)
+    assert caught.value.problems == (" ".join(missing),)
+    assert fitted_to(partial, SERVED, allow_unfitted=True) == partial
+    other: list[tuple[TypeConfig, ScheduleConfig]] = SERVED[:1]
+    assert list(fitted_to(fitted(), other).coefficients) == [SERVED[0][0].name]
+
+
+def test_reading_the_heuristic(tmp_path: Path) -> None:
+    path = tmp_path / "heuristic.json"
+    assert read_heuristic(path).coefficients == {}
+    path.write_text(json.dumps({"version": 1, "source": "x", "device": {}, "coefficients": {"t": {"s": {"c": 1.5}}}}))
+    assert read_heuristic(path).coefficients == {"t": {"s": {"c": 1.5}}}
+    for text in ("{", "{}", '{"version": "1"}'):
+        path.write_text(text)
+        with pytest.raises(BuildError, match="not valid"):
+            read_heuristic(path)
+
+
+def test_release_writes_a_bundle_that_its_pin_opens(tmp_path: Path) -> None:
+    kernels = catalogue.specializations()
+    for i, kernel in enumerate(kernels):
+        (tmp_path / f"{kernel.id}.cubin").write_bytes(cubin_like(i))
+    reports = {k.id: Report(40, 0, 0) for k in kernels}
+    data, manifests = tmp_path / "data", tmp_path / "manifests"
+    path = release(reports, tmp_path, allow_unfitted=True, data=data, manifests=manifests)
+    assert path == data / "machete-aot-sm90a.zip"
+    (pin,) = json.loads((data / "pins.json").read_text())["bundles"]
+    bundle = open_bundle(data / pin["file"], manifest_sha256=pin["manifest_sha256"])
+    assert bundle.verify() == []
+    manifest = manifests / f"machete-aot-sm90a-{pin['version']}.json"
+    assert hashlib.sha256(manifest.read_bytes()).hexdigest() == pin["manifest_sha256"]
+    assert bundle.manifest.provenance.source_digest == source_digest()
+    assert [k.id for k in bundle.manifest.kernels] == [k.id for k in kernels]
+    assert {s.name: s.shared_memory for s in bundle.manifest.schedules} == {
+        s.name: s.shared_memory for s in catalogue.schedules()
+    }
+    before = path.read_bytes()
+    release(reports, tmp_path, allow_unfitted=True, data=data, manifests=manifests)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in data.iterdir()) == ["machete-aot-sm90a.zip", "pins.json"]
+
+
+def test_samples_follow_the_seed() -> None:
+    ids = [str(i) for i in range(50)]
+    assert choose(ids, 3, 1) == choose(ids[::-1], 3, 1) != choose(ids, 3, 2)
+    assert choose(ids, None, 1) == sorted(ids)
+    assert len(choose(ids, 99, 1)) == 50
+
+
+def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "no_such_kernel"]) == 1
+    assert "matches no kernel" in capsys.readouterr().err
+    for wrong in (["--jobs", "0"], ["banana"], ["reproduce", "--all", "--sample", "2"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+
+
+def test_help_documents_the_exit_status() -> None:
+    command = [sys.executable, "-m", "build_kernels", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    for word in ("exit status", "--only", "--jobs", "reproduce", "abi", "MACHETE_AOT_NVCC"):
+        assert word in text
