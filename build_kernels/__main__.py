@@ -18,6 +18,7 @@ from .check import check_kernels
 from .compile import compile_kernels
 from .configs import Specialization
 from .errors import BuildError
+from .paths import RACECHECK
 from .release import release
 from .reproduce import reproduce
 
@@ -57,9 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_build_options(add("build", _build, "generate, compile, check, and write the embedded bundle"))
     _add_selection(add("check", _check, "check the kernels that were compiled last"))
-    _add_unfitted(add("pack", _pack, "check what was compiled last and write the embedded bundle"))
+    pack = add("pack", _pack, "check what was compiled last and write the embedded bundle")
+    _add_jobs(pack)
+    _add_unfitted(pack)
     header = add("abi", _abi, "write csrc/kernels/gemm_params.h from machete_aot/abi.py")
     header.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    _add_jobs(add("racecheck", _racecheck, "write a bundle to build/racecheck whose ordering racecheck can follow"))
     again = add("reproduce", _reproduce, "compile kernels of the embedded bundle anew and compare digests")
     amount = again.add_mutually_exclusive_group()
     amount.add_argument("--sample", type=_positive, default=4, metavar="N", help="how many kernels (default 4)")
@@ -130,9 +134,18 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    reports = check_kernels(specializations(), jobs=os.cpu_count())
+    reports = check_kernels(specializations(), jobs=options.jobs)
     path = release(reports, allow_unfitted=options.allow_unfitted)
     print(f"{len(reports)} kernels pass their checks; wrote {path}, {path.stat().st_size} bytes")
+
+
+def _racecheck(options: argparse.Namespace) -> None:
+    """See csrc/kernels/ring.cuh, ARRIVALS, and docs/sanitizer.md."""
+    kernels = specializations()
+    compile_kernels(kernels, RACECHECK, jobs=options.jobs, defines=("MACHETE_RACECHECK",))
+    reports = check_kernels(kernels, RACECHECK, jobs=options.jobs)
+    path = release(reports, RACECHECK, allow_unfitted=True, data=RACECHECK, manifests=RACECHECK)
+    print(f"wrote {path}")
 
 
 def _abi(options: argparse.Namespace) -> None:

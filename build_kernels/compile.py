@@ -54,12 +54,13 @@ def compile_kernels(
     jobs: int | None = None,
     includes: Iterable[Path] = (KERNELS,),
     templates: Path = TEMPLATES,
+    defines: Sequence[str] = (),
     quiet: bool = False,
 ) -> None:
     """Generates and compiles the kernels in ``folder``. Raises BuildError, after every kernel has been tried."""
     tools = find_tools()
     generate(kernels, folder, templates)
-    graph = render_graph([k.id for k in kernels], tools, includes)
+    graph = render_graph([k.id for k in kernels], tools, includes, defines)
     path = folder / "build.ninja"
     if not path.is_file() or path.read_text() != graph:
         path.write_text(graph)
@@ -71,12 +72,12 @@ def compile_kernels(
         raise BuildError(f"compiling failed; see the messages above\n{result.stdout or ''}".rstrip(), missing)
 
 
-def render_graph(ids: Sequence[str], tools: Tools, includes: Iterable[Path]) -> str:
+def render_graph(ids: Sequence[str], tools: Tools, includes: Iterable[Path], defines: Sequence[str] = ()) -> str:
     """The build.ninja of these kernels. Its tools' paths are part of the commands: another nvcc compiles all anew."""
-    folders = [f"-I{folder}" for folder in (*includes, tools.cutlass)]
+    options = [f"-D{name}" for name in defines] + [f"-I{folder}" for folder in (*includes, tools.cutlass)]
     script = str(Path(prune.__file__))
     rules = _RULES.format(
-        nvcc=_command(str(tools.nvcc), *NVCC_FLAGS, *folders),
+        nvcc=_command(str(tools.nvcc), *NVCC_FLAGS, *options),
         prune=_command(sys.executable, script),
         ptxas=_command(str(tools.ptxas), *PTXAS_FLAGS),
     )

@@ -13,6 +13,7 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 _OSABI_CUDA = 0x41
 _STO_ENTRY = 0x10  # in st_other: a kernel, as opposed to a device function
 _STT_FUNC = 2
+_SHT_NOBITS = 8  # a section without bytes in the file
 _EM_CUDA = 190
 
 # attributes of .nv.info sections; EIFMT_SVAL is the one format that carries data after its header
@@ -49,9 +50,7 @@ def _read(data: bytes) -> Cubin:
         raise ValueError("not an ELF file for CUDA")
     headers = [_SECTION.unpack_from(data, section_at + i * _SECTION.size) for i in range(count)]
     names = _body(data, headers[names_index])
-    sections = {
-        _text(names, h[0]): _body(data, h) for h in headers if h[1] != 8
-    }  # 8: NOBITS, without bytes in the file
+    sections = {_text(names, h[0]): _body(data, h) for h in headers if h[1] != _SHT_NOBITS}
     symbols = list(_SYMBOL.iter_unpack(sections.get(".symtab", b"")))
     entries = [i for i, s in enumerate(symbols) if s[1] & 15 == _STT_FUNC and s[2] & _STO_ENTRY]
     entry_names = tuple(_text(sections[".strtab"], symbols[i][0]) for i in entries)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from machete_aot.config import ScheduleConfig, TypeConfig
-from machete_aot.decode import decode
+from machete_aot.decode import decode, parse_json
 from machete_aot.manifest import Heuristic
+from machete_aot.manifest_rules import MAX_MANIFEST_BYTES
+from machete_aot.selection import COEFFICIENTS
 
 from .errors import BuildError
 from .paths import HEURISTIC
@@ -22,14 +23,23 @@ def read_heuristic(path: Path = HEURISTIC) -> Heuristic:
     if not path.is_file():
         return _UNFITTED
     problems: list[str] = []
-    try:
-        found = decode(Heuristic, json.loads(path.read_bytes()), "heuristic", problems)
-    except ValueError as e:
-        problems.append(str(e))
-    if problems:
-        raise BuildError(f"{path} is not valid; write it with the sweep's fit", problems)
-    assert isinstance(found, Heuristic)
-    return found
+    document = parse_json(path.read_bytes(), MAX_MANIFEST_BYTES, problems)
+    found = decode(Heuristic, document, "heuristic", problems) if not problems else None
+    if isinstance(found, Heuristic):
+        problems.extend(_model_problems(found))
+        if not problems:
+            return found
+    raise BuildError(f"{path} is not valid; write it with the sweep's fit", problems)
+
+
+def _model_problems(heuristic: Heuristic) -> Iterator[str]:
+    """What the model in machete_aot/selection.py could not predict from."""
+    if not heuristic.device.get("bandwidth_bytes_per_us"):
+        yield "heuristic.device.bandwidth_bytes_per_us: missing"
+    for types, schedules in heuristic.coefficients.items():
+        for schedule, coefficients in schedules.items():
+            if coefficients.keys() != set(COEFFICIENTS):
+                yield f"{types} {schedule}: coefficients {sorted(coefficients)}, wanted {sorted(COEFFICIENTS)}"
 
 
 def fitted_to(

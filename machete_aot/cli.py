@@ -14,33 +14,22 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import errors
 from .bundle import Bundle
-from .errors import (
-    ArgumentError,
-    BundleError,
-    CorruptError,
-    IncompatibleError,
-    MacheteError,
-    MissingError,
-    SchemaTooNewError,
-    TruncatedError,
-    UnreachableError,
-    UnsupportedError,
-    UntrustedError,
-)
+from .errors import BundleError, MacheteError
 from .scalar_type import SCALAR_TYPES, scalar_type
 from .version import __version__
 
 OTHER, USAGE = 1, 2
 EXIT_CODES: tuple[tuple[type[MacheteError], int], ...] = (
-    (ArgumentError, USAGE),
-    (MissingError, 3),
-    (CorruptError, 4),
-    (TruncatedError, 4),
-    (UnreachableError, 5),
-    (IncompatibleError, 6),
-    (SchemaTooNewError, 6),
-    (UntrustedError, 7),
+    (errors.ArgumentError, USAGE),
+    (errors.MissingError, 3),
+    (errors.CorruptError, 4),
+    (errors.TruncatedError, 4),
+    (errors.UnreachableError, 5),
+    (errors.IncompatibleError, 6),
+    (errors.SchemaTooNewError, 6),
+    (errors.UntrustedError, 7),
 )
 
 
@@ -96,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
         explain.add_argument(name, metavar=name.upper(), type=_positive, help=text)
     explain.add_argument("--a", choices=("bf16", "fp16"), default="bf16", help="activations (default: %(default)s)")
     explain.add_argument("--b", choices=tuple(SCALAR_TYPES), default="u4b8", help="weights (default: %(default)s)")
-    explain.add_argument("--group", type=int, default=128, help="group size, -1 for one group (default: %(default)s)")
     explain.add_argument("--sms", type=_positive, help="multiprocessors (default: this GPU's, or 132 as on an H100)")
     _add_bundle(explain)
     _add_json(explain)
@@ -230,20 +218,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    import torch
-
     from .fetch import use_bundle
-    from .product import explain, supported_schedules
+    from .prepack import A_DTYPES
+    from .product import explain
 
-    bundle = _open(options)
-    use_bundle(bundle)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.a]
-    b_type = scalar_type(options.b)
+    use_bundle(_open(options))
+    dtype, b_type = A_DTYPES[options.a], scalar_type(options.b)
     explanation = explain(options.m, options.n, options.k, dtype, b_type, sms=options.sms)
-    if not supported_schedules(dtype, b_type, b_group_size=options.group):
-        raise UnsupportedError(
-            f"no kernel of {bundle!r} takes group size {options.group}; -1 and multiples of 64 are taken"
-        )
     if options.json:
         _print_json(explanation.as_dict())
     else:

@@ -83,6 +83,12 @@ class TileConfig:
             split //= 2
         return split
 
+    def suits(self, m: int) -> bool:
+        """Whether ``m`` tokens are in the tile's range: the one that is measured, and in which the model is trusted."""
+        if self.family == "dense":
+            return m > 32
+        return self.tokens <= max(16, 4 * m) and m <= 4 * self.tokens
+
     def barriers_at(self) -> int:
         """Offset of the mbarriers: after activations, weights and scales of every stage."""
         acts = self.step_units * self.tokens * 128

@@ -18,12 +18,11 @@ from .errors import DeviceError
 from .fetch import default_bundle
 from .kernel import check_device
 from .prepack import prepack_b
-from .product import H100_SMS, gemm
+from .product import A_NAMES, H100_SMS, gemm
 from .record import TOLERANCE
 from .scalar_type import u4b8
 from .selection import select
 
-TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 COLD_BYTES = 256 << 20  # weights that a measurement rotates over: several times any Hopper's L2 cache
 
 
@@ -36,6 +35,10 @@ class Layer:
     k: int
     group: int = 128
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def types(self) -> TypeConfig:
+        return TypeConfig(A_NAMES[self.dtype], u4b8.name, A_NAMES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def run_demo(layers: tuple[Layer, ...] | None = None, tokens: tuple[int, ...] | 
     """
     device = usable_gpu()[0] or torch.device("cpu")
     on_gpu = device.type == "cuda"
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else H100_SMS
+    sms = driver_device(device.index).sms if on_gpu else H100_SMS
     bundle = default_bundle()
     generator = torch.Generator(device).manual_seed(0)
     for layer in layers or (GPU_LAYERS if on_gpu else CPU_LAYERS):
@@ -127,13 +130,12 @@ def _run_layer(
     packed = prepack_b(pack_gptq(codes), u4b8, a_dtype=layer.dtype)
     repeated = scales.repeat_interleave(k if layer.group == -1 else layer.group, dim=0)[:k]
     dequantised = (codes - 8).to(layer.dtype).mul_(repeated).double()
-    types = TypeConfig(TYPE_NAMES[layer.dtype], u4b8.name, TYPE_NAMES[layer.dtype])
     for m in tokens:
         a = torch.randn(m, k, generator=generator, device=device).to(layer.dtype)
         out = gemm(a, packed, u4b8, b_scales=scales, b_group_size=layer.group)
         wanted = a.double() @ dequantised
         error = float((out.double() - wanted).norm() / wanted.norm())
-        schedule = select(bundle.manifest, types.name, m, n, k, sms).name
+        schedule = select(bundle.manifest, layer.types.name, m, n, k, sms).name
         seconds = _seconds(a, packed, scales, layer.group) if device.type == "cuda" else None
         moved = sum(t.numel() * t.element_size() for t in (a, packed, scales, out))
         yield Result(layer, m, schedule, error, seconds, moved / seconds if seconds else None)
@@ -180,11 +182,11 @@ def line(result: Result) -> str:
     time = "-" if r.seconds is None else f"{r.seconds * 1e6:.1f} us"
     bandwidth = "-" if r.bytes_per_second is None else f"{r.bytes_per_second / 1e12:.2f} TB/s"
     return (
-        f"{layer.name:<22}{r.m:>6}{layer.n:>7}{layer.k:>7}{layer.group:>7}  {TYPE_NAMES[layer.dtype]:<6}"
+        f"{layer.name:<22}{r.m:>6}{layer.n:>7}{layer.k:>7}{layer.group:>7}  {layer.types.a:<6}"
         f"{r.schedule:<34}{r.error:>9.1e}{time:>11}{bandwidth:>12}"
     )
 
 
 def is_accurate(result: Result) -> bool:
     """Whether the error is within what rounding the output once explains."""
-    return result.error <= TOLERANCE[TYPE_NAMES[result.layer.dtype]]
+    return result.error <= TOLERANCE[result.layer.types.a]

@@ -154,16 +154,10 @@ def _devices(compat: Compat | None) -> Iterator[Finding]:
 
 
 def _device(index: int, compat: Compat | None) -> Iterator[Finding]:
-    """Asks without making a context, which would take memory on every GPU."""
-    handle = driver.call("cuDeviceGet", index)
-    attribute = driver.api().CUdevice_attribute
-    major, minor, sms = (
-        int(driver.call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
-        for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
-    )
-    name = driver.call("cuDeviceGetName", 256, handle).split(b"\0")[0].decode("utf-8", "replace")
-    found = f"{name}, compute capability {major}.{minor}, {sms} multiprocessors"
-    if compat and (major, minor) != compat.compute_capability:
+    device = driver.device(index)
+    have = ".".join(map(str, device.capability))
+    found = f"{device.name}, compute capability {have}, {device.sms} multiprocessors"
+    if compat and device.capability != compat.compute_capability:
         wanted = ".".join(map(str, compat.compute_capability))
         yield Finding(f"device {index}", WARN, f"{found}: not usable", f"the kernels need compute capability {wanted}")
     else:

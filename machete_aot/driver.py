@@ -2,7 +2,7 @@
 """``cuda.bindings.driver`` behind a thin layer: imported and initialised at first use, every call checked.
 
 ``call("cuDeviceGet", 0)`` makes one driver call and returns its results without the status. What is asked of a device
-again and again (its primary context, its number of SMs) is asked once and kept in ``Device``.
+again and again (its number of SMs, its primary context) is asked once and kept in ``Device``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .errors import DeviceError, DriverCallError
@@ -38,15 +39,19 @@ class MissingFunctionError(DeviceError):
 
 @dataclass(frozen=True)
 class Device:
-    """A device and its primary context, which is also torch's. ``shared_memory``: bytes that one CTA may ask for."""
+    """What a device is. ``shared_memory``: bytes that one CTA may ask for."""
 
     index: int
     handle: Any
-    context: Any
     name: str
     capability: tuple[int, int]
     sms: int
     shared_memory: int
+
+    @cached_property
+    def context(self) -> Any:
+        """The primary context, which is also torch's; kept for the process's life. Making it takes memory there."""
+        return call("cuDevicePrimaryCtxRetain", self.handle)
 
 
 class _State:
@@ -95,7 +100,7 @@ def device_count() -> int:
 
 
 def device(index: int) -> Device:
-    """The device of that index (torch and the driver count alike); keeps its primary context for the process's life."""
+    """The device of that index; torch and the driver count alike."""
     state = _state
     found = state.devices.get(index)
     if found is None:
@@ -177,7 +182,6 @@ def _describe(index: int) -> Device:
     return Device(
         index=index,
         handle=handle,
-        context=call("cuDevicePrimaryCtxRetain", handle),
         name=name,
         capability=(ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")),
         sms=ask("MULTIPROCESSOR_COUNT"),

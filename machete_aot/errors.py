@@ -79,7 +79,7 @@ class UntrustedError(BundleError):
 
 
 class UnreachableError(BundleError):
-    """A source could not be read: no network, no such host, permission denied."""
+    """A bundle's file is there but cannot be read: no permission, a folder, a device that fails."""
 
 
 class IncompatibleError(BundleError):

@@ -148,18 +148,24 @@ def _make_ready(kernel: Any, info: KernelInfo, device: Device) -> Any:
 
 
 def _check_parameters(kernel: Any, info: KernelInfo) -> None:
-    """Compares the compiled parameters with what ``launch`` passes. Drivers before 550 cannot tell."""
-    found = []
+    """Compares the compiled parameters with what ``launch`` passes. Drivers before 550 cannot tell.
+
+    The driver counts from where its parameter area starts, which is not where the first parameter lies when that one is
+    aligned to 128 bytes (an H100's driver 580 reports offsets 112 and 240), so offsets count from the first parameter.
+    """
+    found: list[tuple[int, int]] = []
     try:
         for index in range(len(abi.PARAMETERS) + 1):
-            found.append(driver.call("cuKernelGetParamInfo", kernel, index))
+            offset, size = driver.call("cuKernelGetParamInfo", kernel, index)
+            found.append((offset, size))
     except driver.MissingFunctionError:
         return
     except DriverCallError as error:
         if error.code != 1:  # CUDA_ERROR_INVALID_VALUE: there is no parameter of that index
             raise
-    if tuple(found) != abi.PARAMETERS:
+    relative = tuple((offset - found[0][0], size) for offset, size in found)
+    if relative != abi.PARAMETERS:
         raise IncompatibleError(
-            f"kernel {info.id} takes parameters (offset, size) {tuple(found)}, where this runtime passes "
+            f"kernel {info.id} takes parameters (offset, size) {relative}, where this runtime passes "
             f"{abi.PARAMETERS}; install the bundle that belongs to this version of machete-aot"
         )

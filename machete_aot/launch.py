@@ -106,6 +106,7 @@ def multiply(
 ) -> None:
     """Launches a product: chooses a schedule (None) or takes the named one, loads its kernel where needed.
 
+    The device's context must be current.
     Raises ArgumentError, what ``load_kernel`` raises, and DriverCallError.
     """
     plan = _plan(bundle, types, shape, schedule, device_index)
@@ -139,14 +140,11 @@ def choose(
 
 
 def launch(plan: LaunchPlan, kernel: LoadedKernel, operands: Operands, stream: int, overlap: bool) -> None:
-    """Launches on a stream (a CUstream's address) of the kernel's device.
+    """Launches on a stream (a CUstream's address) of the kernel's device, whose context must be current.
 
     ``overlap``: the kernel may start, and read weights and scales, before earlier kernels of the stream have ended.
     """
-    params = parameter_bytes(plan, operands)
-    acts = tensor_map.encode(operands.acts, plan.acts)
-    block = ctypes.create_string_buffer(params, abi.SIZE)
-    pointers = (ctypes.c_void_p * 2)(acts.address, ctypes.addressof(block))
+    block = ctypes.create_string_buffer(parameter_bytes(plan, operands), abi.SIZE)
     config = driver.api().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid
     config.blockDimX, config.blockDimY, config.blockDimZ = plan.block
@@ -156,8 +154,9 @@ def launch(plan: LaunchPlan, kernel: LoadedKernel, operands: Operands, stream: i
     if attributes:
         config.attrs = attributes
     config.numAttrs = len(attributes)
-    with driver.current(kernel.device):
-        driver.call("cuLaunchKernelEx", config, kernel.handle, ctypes.addressof(pointers), 0)
+    acts = tensor_map.encode(operands.acts, plan.acts)
+    pointers = (ctypes.c_void_p * 2)(acts.address, ctypes.addressof(block))
+    driver.call("cuLaunchKernelEx", config, kernel.handle, ctypes.addressof(pointers), 0)
 
 
 def parameter_bytes(plan: LaunchPlan, operands: Operands) -> bytes:

@@ -107,16 +107,7 @@ def _type_violations(types: TypeConfig) -> Iterator[str]:
 def _tile_violations(tile: TileConfig) -> Iterator[str]:
     if tile.family not in _FAMILIES:
         yield f"tile.family: {tile.family[:80]!r} is none of {', '.join(_FAMILIES)}"
-    limits = {
-        "row_warpgroups": 8,
-        "k_warpgroups": 8,
-        "blocks": 8,
-        "units": 16,
-        "tokens": 256,
-        "stages": 64,
-        "ctas_per_sm": 32,
-    }
-    for name, limit in limits.items():
+    for name, limit in _TILE_LIMITS.items():
         value = getattr(tile, name)
         if not 1 <= value <= limit:
             yield f"tile.{name}: {value} is not within 1..{limit}"

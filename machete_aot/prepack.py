@@ -19,7 +19,7 @@ from .scalar_type import ScalarType
 # Codes, as bytes, of one chunk. Scratch is a small multiple of it; small enough that a CPU's caches help.
 CHUNK_BYTES = 8 << 20
 
-A_DTYPES = (torch.bfloat16, torch.float16)
+A_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of activations, by the names that TypeConfig uses
 
 
 def prepack_b(
@@ -36,7 +36,7 @@ def prepack_b(
     the last units hold the code of zero. Scratch is a few times ``CHUNK_BYTES`` (one strip of 64 rows, if more).
     Raises ArgumentError for a wrong dtype, shape, ``k`` or ``a_dtype``, UnsupportedError for a type without a layout.
     """
-    if a_dtype not in A_DTYPES:
+    if a_dtype not in A_DTYPES.values():
         raise ArgumentError(f"a_dtype must be torch.bfloat16 or torch.float16, got {a_dtype}")
     _check_int32(w_q, "w_q", 2, f"GPTQ-packed weights [ceil(K / {b_type.per_int32}), N]")
     rows, n = w_q.shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -16,13 +15,14 @@ from .errors import ArgumentError, UnsupportedError
 from .fetch import default_bundle
 from .kernel import load_kernel
 from .launch import Operands, Shape, choose, multiply
+from .prepack import A_DTYPES
 from .scalar_type import ScalarType, u4b8
 from .validate import Problem, check_gemm
 
 ROW_ALIGNMENT = 8  # elements: 16 bytes, what tensor maps and bulk copies need
 H100_SMS = 132
 
-_A_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+A_NAMES = {dtype: name for name, dtype in A_DTYPES.items()}
 
 
 def gemm(
@@ -114,8 +114,8 @@ def explain(
     b_type: ScalarType = u4b8,
     *,
     sms: int | None = None,
-) -> Any:
-    """Which schedule an [M, K] x [K, N] product gets, and why: see ``selection.explain``, whose result this returns.
+) -> selection.Explanation:
+    """Which schedule an [M, K] x [K, N] product gets, and why; ``text()`` of the result is a table of all candidates.
 
     ``sms``: multiprocessors of the device; None asks torch's current device, or takes an H100's where there is none.
     Raises ArgumentError, UnsupportedError and BundleError.
@@ -130,11 +130,11 @@ def explain(
 
 @functools.lru_cache(maxsize=64)
 def _types(a_dtype: torch.dtype, b_type: ScalarType) -> TypeConfig:
-    if a_dtype not in _A_NAMES:
+    if a_dtype not in A_NAMES:
         raise ArgumentError(f"activations are torch.bfloat16 or torch.float16, got {a_dtype}")
     if not isinstance(b_type, ScalarType):
         raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
-    name = _A_NAMES[a_dtype]
+    name = A_NAMES[a_dtype]
     return TypeConfig(name, b_type.name, name)
 
 
@@ -187,7 +187,9 @@ def run_kernel(
     def launch(early: bool) -> None:
         multiply(bundle, types, shape, schedule, operands, index, stream, early)
 
-    overlap.launch_after_writes((b, scales) if bias is None else (b, scales, bias), overlaps, stream, launch)
+    constants = (b, scales) if bias is None else (b, scales, bias)
+    with driver.current(driver.device(index)):  # a new thread has no context yet
+        overlap.launch_after_writes(constants, overlaps, stream, launch)
 
 
 def aligned_rows(matrix: torch.Tensor) -> torch.Tensor:

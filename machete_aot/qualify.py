@@ -23,27 +23,14 @@ from .config import TypeConfig
 from .errors import DeviceError
 from .fetch import use_bundle
 from .kernel import check_device
-from .prepack import prepack_b
+from .prepack import A_DTYPES, prepack_b
 from .product import gemm
-from .record import (
-    SCHEMA,
-    TOLERANCE,
-    BundleId,
-    DeviceInfo,
-    KernelResult,
-    Record,
-    ScheduleResult,
-    check_record,
-    write_record,
-)
+from .record import SCHEMA, TOLERANCE, BundleId, DeviceInfo, KernelResult, Record, ScheduleResult
 from .scalar_type import ScalarType, scalar_type
 
-__all__ = ["check_record", "qualify", "write_record"]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = ((128, 128), (4224, 4160), (4304, 1152), (576, 7168), (1000, 1096))  # N, K: 1096 is no multiple of 64
 GROUPS = (-1, 64, 128)
-CASES, QUICK_CASES = 13, 4
+CASES = 13  # of each schedule
 POISON = 0x7FFF  # a NaN in bf16 and in fp16
 MARGIN_ROWS = 1
 MARGIN_COLUMNS = {True: (8, 8), False: (3, 4)}  # left, right; the latter gives odd addresses and an odd row stride
@@ -71,30 +58,20 @@ class Outcome:
     guards_intact: bool
 
 
-def qualify(
-    bundle: Bundle,
-    *,
-    device: torch.device | str | int | None = None,
-    quick: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, object]:
-    """Runs every kernel and schedule of the bundle and returns the record, whatever the results; see ``check_record``.
+def qualify(bundle: Bundle, *, progress: Callable[[int, int, str], None] | None = None) -> dict[str, object]:
+    """Runs every kernel and schedule of the bundle on torch's current device and returns the record, good or bad.
 
-    ``device``: a CUDA device, the current one by default. ``quick`` runs fewer cases, too few for a valid record.
-    ``progress(done, total, what)`` is called before each schedule and once at the end. The bundle stays the process's
-    bundle (``use_bundle``). Raises DeviceError where its kernels cannot run at all.
+    ``record.check_record`` judges it. ``progress(done, total, what)`` is called before each schedule and once at the
+    end. The bundle stays the process's bundle (``use_bundle``). Raises DeviceError where its kernels cannot run at all.
     """
     if not torch.cuda.is_available():
         raise DeviceError("qualification runs kernels and needs a GPU; torch.cuda.is_available() is False here")
-    place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
-    if place.type != "cuda":
-        raise DeviceError(f"qualification runs kernels on a CUDA device, got {place}")
-    index = torch.cuda.current_device() if place.index is None else place.index
+    index = torch.cuda.current_device()
     check_device(bundle.manifest, driver.device(index))
     use_bundle(bundle)
     seed = secrets.randbits(32)
-    with torch.cuda.device(index), torch.no_grad():
-        kernels = _run_all(bundle, seed, CASES if not quick else QUICK_CASES, progress)
+    with torch.no_grad():
+        kernels = _run_all(bundle, seed, progress)
     info = bundle.manifest.bundle
     return Record(
         schema=SCHEMA,
@@ -107,11 +84,11 @@ def qualify(
     ).as_json()
 
 
-def cases_for(tokens: int, count: int) -> list[Case]:
-    """So many products for a tile of so many tokens: M around its multiples, every shape and group size in turn."""
+def cases_for(tokens: int) -> list[Case]:
+    """The products for a tile of so many tokens: M around its multiples, every shape and group size in turn."""
     rows = sorted({1, max(1, tokens - 1), tokens, tokens + 1, _most_rows(tokens)})
     cases = []
-    for i in range(count):
+    for i in range(CASES):
         n, k = SHAPES[(i + i // len(SHAPES)) % len(SHAPES)]
         cases.append(Case(rows[i % len(rows)], n, k, GROUPS[i % len(GROUPS)], bias=i % 2 == 0, aligned=i % 4 < 2))
     return cases
@@ -121,9 +98,7 @@ def _most_rows(tokens: int) -> int:
     return 2 * tokens + ROWS_BEYOND
 
 
-def _run_all(
-    bundle: Bundle, seed: int, count: int, progress: Callable[[int, int, str], None] | None
-) -> dict[str, KernelResult]:
+def _run_all(bundle: Bundle, seed: int, progress: Callable[[int, int, str], None] | None) -> dict[str, KernelResult]:
     manifest = bundle.manifest
     rows = max(_most_rows(k.tile.tokens) for k in manifest.kernels)
     work = [(types, schedule.name) for types in manifest.types for schedule in manifest.schedules_for(types)]
@@ -135,7 +110,7 @@ def _run_all(
             progress(done, len(work), f"{types.name} {schedule}")
         if data is None or data.types != types:
             data = _Data(types, rows, seed)
-        results[kernel.id][schedule] = _run_schedule(data, schedule, cases_for(kernel.tile.tokens, count))
+        results[kernel.id][schedule] = _run_schedule(data, schedule, cases_for(kernel.tile.tokens))
     if progress is not None:
         progress(len(work), len(work), "done")
     return {kernel: KernelResult(schedules) for kernel, schedules in results.items()}
@@ -231,7 +206,7 @@ class _Data:
 
 def make_operands(types: TypeConfig, n: int, k: int, group: int, rows: int, generator: torch.Generator) -> Operands:
     """Random operands on the generator's device: every code, scales over many binades with some negative and zero."""
-    b_type, dtype, device = scalar_type(types.b), DTYPES[types.a], generator.device
+    b_type, dtype, device = scalar_type(types.b), A_DTYPES[types.a], generator.device
     groups = 1 if group == -1 else -(-k // group)
 
     def uniform(*shape: int) -> torch.Tensor:

@@ -175,7 +175,7 @@ def _schedule_problems(result: ScheduleResult, limit: float) -> Iterator[str]:
     elif not 0 <= result.worst_error <= limit:
         yield f"error {result.worst_error:.3g}, where 0 to {limit:.3g} is allowed, {where}"
     if result.cases < MIN_CASES:
-        yield f"{result.cases} cases, where {MIN_CASES} are wanted; run qualify without quick"
+        yield f"{result.cases} cases, where {MIN_CASES} are wanted; run qualify again"
     if not result.deterministic:
         yield "two runs differ"
     if not result.guards_intact:

@@ -98,7 +98,8 @@ def predict(
     split = tile.effective_split(split, k)
     steps = ceil_div(tile.steps(k), split)
     ctas = ceil_div(n, tile.rows) * ceil_div(m, tile.tokens) * split
-    per_sm = ceil_div(ctas, sms)
+    usable = sms if split <= 2 else max(1, sms * 10 // 11)  # clusters of 4 and 8 leave SMs of a GPC unused
+    per_sm = ceil_div(ctas, usable)
     memory = traffic(m, n, k) / bandwidth
     busy, alone = per_sm * coefficients["step_us"], ceil_div(per_sm, tile.ctas_per_sm) * coefficients["alone_us"]
     compute = per_sm * coefficients["cta_us"] + steps * max(busy, alone)
@@ -108,7 +109,7 @@ def predict(
 
 
 def explain(manifest: Manifest, types_name: str, m: int, n: int, k: int, sms: int) -> Explanation:
-    """Every schedule that the bundle holds for these types, with its predicted time.
+    """The schedules that the bundle holds for these types and that suit ``m`` tokens, with their predicted times.
 
     Raises UnsupportedError if the manifest has no coefficients for these types.
     """
@@ -121,8 +122,9 @@ def explain(manifest: Manifest, types_name: str, m: int, n: int, k: int, sms: in
             f"the bundle's manifest has no fitted schedule for {types_name}; name one of supported_schedules(...) with "
             "schedule=, or use a bundle that was built with its heuristic"
         )
+    suitable = [s for s in fitted if tiles[s.tile].suits(m)] or fitted
     candidates = [
-        predict(s.name, tiles[s.tile], s.split, (m, n, k), sms, coefficients[s.name], bandwidth) for s in fitted
+        predict(s.name, tiles[s.tile], s.split, (m, n, k), sms, coefficients[s.name], bandwidth) for s in suitable
     ]
     candidates.sort(key=lambda c: c.time_us)
     return Explanation(types_name, m, n, k, sms, manifest.heuristic.source, tuple(candidates))

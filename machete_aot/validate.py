@@ -64,7 +64,7 @@ def check_gemm(
     if not isinstance(b_type, ScalarType):
         raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
     dtype = a.dtype
-    if dtype not in A_DTYPES:
+    if dtype not in A_DTYPES.values():
         raise ArgumentError(f"a must be bfloat16 or float16, got {dtype}; convert it with a.to(torch.bfloat16)")
     if a.dim() == 0 or a.shape[-1] == 0:
         raise ArgumentError(f"a must be [..., K] with K > 0, got shape {tuple(a.shape)}")

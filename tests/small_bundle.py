@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small real bundle for tests: the pipeline's writer, on bytes that look like cubins to it."""
+"""Small real bundles for tests: the pipeline's writer, on bytes that look like cubins to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import io
 import random
 import zipfile
+from collections.abc import Sequence
 from functools import cache
 
 from build_kernels.check import Report
@@ -15,6 +16,7 @@ from build_kernels.pack import Product, Release, write_bundle
 from machete_aot.archive import write_archive
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from machete_aot.manifest import Heuristic, Manifest, Toolchain, dump_manifest
+from machete_aot.selection import COEFFICIENTS
 
 TYPES = (TypeConfig("bf16", "u4b8", "bf16"), TypeConfig("fp16", "u4b8", "fp16"))
 TILES = (TileConfig("stream", 1, 2, 1, 2, 8, 8, 2), TileConfig("dense", 2, 1, 2, 1, 128, 7, 1))
@@ -32,15 +34,17 @@ def products() -> list[Product]:
     return [Product(k, Report(90, 0, 0), cubin_like(i)) for i, k in enumerate(kernels)]
 
 
-def release() -> Release:
-    coefficients = {t.name: {s.name: {"fixed": 1.5, "waves": 2} for s in SCHEDULES} for t in TYPES}
+def release(schedules: Sequence[ScheduleConfig] = SCHEDULES) -> Release:
+    """What a bundle of TYPES and these schedules says beside its kernels. The coefficients are measured nowhere."""
+    made_up = {name: 1.5 for name in COEFFICIENTS}
+    device = {"name": "no device", "sms": 132, "bandwidth_bytes_per_us": 3e6}
     return Release(
         version="0.1.0",
         arch="sm90a",
         toolchain=Toolchain("13.0.88", "13.0.88", "4.2.0", ("-O3",)),
         source_digest=hashlib.sha256(b"sources").hexdigest(),
-        schedules=SCHEDULES,
-        heuristic=Heuristic(1, "a test", {"name": "no device", "sms": 132}, coefficients),
+        schedules=tuple(schedules),
+        heuristic=Heuristic(1, "a test", device, {t.name: {s.name: made_up for s in schedules} for t in TYPES}),
     )
 
 

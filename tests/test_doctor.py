@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from machete_aot import doctor
 from machete_aot.bundle import Bundle
 from machete_aot.errors import MissingError
 from machete_aot.fetch import fetch_bundle
+from stub.harness import build
 
-STUB_SOURCE = Path(__file__).parent / "stub" / "libcuda.c"
+# once the stub is loaded, it is what cuda.bindings finds under the name libcuda.so.1
 PROGRAM = """
 import ctypes, sys
 stub = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
@@ -31,18 +31,9 @@ sys.exit(main(["doctor", "--json"]))
 """
 
 
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A libcuda.so.1: once loaded, it is what cuda.bindings finds under that name."""
-    library = tmp_path_factory.mktemp("doctor") / "libcuda.so.1"
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", STUB_SOURCE, "-o", library, "-lpthread"]
-    subprocess.run(command, check=True)
-    return library
-
-
-def on_stub(library: Path, settings: str) -> tuple[int, dict[str, Any]]:
+def on_stub(settings: str) -> tuple[int, dict[str, Any]]:
     """Exit status and report of the doctor in a process of its own, whose driver is the stub with these settings."""
-    command = [sys.executable, "-c", PROGRAM, str(library), settings]
+    command = [sys.executable, "-c", PROGRAM, str(build()), settings]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.stderr == ""
     return result.returncode, json.loads(result.stdout)
@@ -53,49 +44,49 @@ def finding(report: dict[str, Any], check: str) -> dict[str, str]:
     return found
 
 
-def test_a_hopper_with_a_new_driver_is_usable(stub: Path) -> None:
-    status, report = on_stub(stub, "")
+def test_a_hopper_with_a_new_driver_is_usable() -> None:
+    status, report = on_stub("")
     assert (status, report["ok"], report["gpu"]) == (0, True, True)
     assert finding(report, "driver")["detail"] == "supports CUDA 13.0"
     assert "9.0, 132 multiprocessors: usable" in finding(report, "device 0")["detail"]
 
 
-def test_another_gpu_is_a_warning(stub: Path) -> None:
-    status, report = on_stub(stub, "major=8 minor=6")
+def test_another_gpu_is_a_warning() -> None:
+    status, report = on_stub("major=8 minor=6")
     assert (status, report["ok"], report["gpu"]) == (0, True, False)
     found = finding(report, "device 0")
     assert found["status"] == "warn" and "8.6" in found["detail"] and "9.0" in found["action"]
 
 
-def test_an_old_driver_is_a_failure(stub: Path) -> None:
-    status, report = on_stub(stub, "driver=12040")
+def test_an_old_driver_is_a_failure() -> None:
+    status, report = on_stub("driver=12040")
     assert (status, report["ok"], report["gpu"]) == (1, False, False)
     found = finding(report, "driver")
     assert found["status"] == "fail" and "12.4" in found["detail"] and "13.0" in found["action"]
 
 
-def test_every_device_has_its_line(stub: Path) -> None:
-    _, report = on_stub(stub, "devices=3")
+def test_every_device_has_its_line() -> None:
+    _, report = on_stub("devices=3")
     assert [f["check"] for f in report["findings"] if f["check"].startswith("device")] == [
         f"device {i}" for i in range(3)
     ]
 
 
-def test_no_device_is_a_warning(stub: Path) -> None:
-    status, report = on_stub(stub, "devices=0")
+def test_no_device_is_a_warning() -> None:
+    status, report = on_stub("devices=0")
     assert (status, report["gpu"]) == (0, False)
     assert finding(report, "devices")["status"] == "warn"
 
 
-def test_a_driver_that_does_not_start_is_a_warning(stub: Path) -> None:
-    status, report = on_stub(stub, "cuInit=100")
+def test_a_driver_that_does_not_start_is_a_warning() -> None:
+    status, report = on_stub("cuInit=100")
     assert (status, report["gpu"]) == (0, False)
     found = finding(report, "driver")
     assert found["status"] == "warn" and "cuInit" in found["detail"]
 
 
-def test_a_device_that_fails_is_a_failure(stub: Path) -> None:
-    status, report = on_stub(stub, "cuDeviceGetAttribute=999")
+def test_a_device_that_fails_is_a_failure() -> None:
+    status, report = on_stub("cuDeviceGetAttribute=999")
     assert (status, report["gpu"]) == (1, False)
     found = finding(report, "device 0")
     assert found["status"] == "fail" and "cuDeviceGetAttribute" in found["detail"]

@@ -19,7 +19,7 @@ from build_kernels.toolchain import FLAGS, find_tools
 from machete_aot.bundle import Bundle
 from machete_aot.fetch import fetch_bundle, pins
 from machete_aot.manifest import dump_manifest
-from machete_aot.qualify import check_record
+from machete_aot.record import check_record
 from machete_aot.version import __version__
 
 SAMPLE = int(os.environ.get("MACHETE_AOT_REPRODUCE_SAMPLE", "2"))

@@ -23,8 +23,9 @@ STREAM = 0x5EED0
 
 
 def run(device: int = 0) -> None:
-    operands = Operands(1 << 20, 2 << 20, 3 << 20, 0, 4 << 20)
-    multiply(BUNDLE, BF16, Shape(1, 128, 128, 128, 128, 128, 128), schedule(NARROW), operands, device, STREAM, False)
+    operands, shape = Operands(1 << 20, 2 << 20, 3 << 20, 0, 4 << 20), Shape(1, 128, 128, 128, 128, 128, 128)
+    with driver.current(driver.device(device)):
+        multiply(BUNDLE, BF16, shape, schedule(NARROW), operands, device, STREAM, False)
 
 
 @stubbed

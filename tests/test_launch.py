@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from machete_aot import abi
+from machete_aot import abi, driver
 from machete_aot.config import TileConfig
 from machete_aot.errors import ArgumentError, DriverCallError
 from machete_aot.launch import LaunchPlan, Operands, Shape, make_plan, multiply, parameter_bytes
@@ -148,8 +148,8 @@ def test_pairs_are_stored_where_they_are_aligned(n: int, out_stride: int, out: i
 
 
 def run(tile: TileConfig, split: int, shape: Shape, operands: Operands = OPERANDS, overlap: bool = False, **kw) -> None:
-    types, device = kw.get("types", BF16), kw.get("device", 0)
-    multiply(BUNDLE, types, shape, schedule(tile, split), operands, device, STREAM, overlap)
+    with driver.current(driver.device(0)):
+        multiply(BUNDLE, kw.get("types", BF16), shape, schedule(tile, split), operands, 0, STREAM, overlap)
 
 
 @stubbed

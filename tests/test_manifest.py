@@ -174,8 +174,8 @@ def test_violations(change: Callable[[Any], None], word: str) -> None:
         TEXT[:-3],
         TEXT + b"x",
         TEXT.replace(b'"registers": 90', b'"registers": 90, "registers": 90', 1),
-        TEXT.replace(b'"fixed": 1.5', b'"fixed": 1e999', 1),
-        TEXT.replace(b'"fixed": 1.5', b'"fixed": Infinity', 1),
+        TEXT.replace(b'"fixed_us": 1.5', b'"fixed": 1e999', 1),
+        TEXT.replace(b'"fixed_us": 1.5', b'"fixed": Infinity', 1),
         b" " * (16 << 20) + TEXT,
     ],
 )

@@ -34,6 +34,7 @@ from machete_aot.abi import ABI_VERSION, OFFSETS, SIZE
 from machete_aot.bundle import open_bundle
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from machete_aot.manifest import Heuristic
+from machete_aot.selection import COEFFICIENTS
 from small_bundle import SCHEDULES, TYPES, cubin_like, products
 
 STREAM = TileConfig("stream", 1, 2, 1, 2, 8, 8, 2)
@@ -200,7 +201,7 @@ def fitted(*, without: tuple[str, str] | None = None) -> Heuristic:
     coefficients: dict[str, dict[str, dict[str, float]]] = {}
     for types, schedule in SERVED:
         if (types.name, schedule.name) != without:
-            coefficients.setdefault(types.name, {})[schedule.name] = {"fixed": 1.0}
+            coefficients.setdefault(types.name, {})[schedule.name] = {"fixed_us": 1.0}
     return Heuristic(1, "test", {}, coefficients)
 
 
@@ -219,11 +220,20 @@ def test_unfitted_schedules_are_listed() -> None:
 def test_reading_the_heuristic(tmp_path: Path) -> None:
     path = tmp_path / "heuristic.json"
     assert read_heuristic(path).coefficients == {}
-    path.write_text(json.dumps({"version": 1, "source": "x", "device": {}, "coefficients": {"t": {"s": {"c": 1.5}}}}))
-    assert read_heuristic(path).coefficients == {"t": {"s": {"c": 1.5}}}
-    for text in ("{", "{}", '{"version": "1"}'):
-        path.write_text(text)
-        with pytest.raises(BuildError, match="not valid"):
+    fitted = {name: 1.5 for name in COEFFICIENTS}
+    device = {"bandwidth_bytes_per_us": 3e6}
+    good = {"version": 1, "source": "x", "device": device, "coefficients": {"t": {"s": fitted}}}
+    path.write_text(json.dumps(good))
+    assert read_heuristic(path).coefficients == {"t": {"s": fitted}}
+    for wrong, word in (
+        ("{", "not JSON"),
+        ("{}", "version: missing"),
+        (json.dumps(good | {"version": "1"}), "expected int"),
+        (json.dumps(good | {"device": {}}), "bandwidth_bytes_per_us: missing"),
+        (json.dumps(good | {"coefficients": {"t": {"s": {"c": 1.5}}}}), r"t s: coefficients \['c'\], wanted"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(BuildError, match=f"not valid[^$]*{word}"):
             read_heuristic(path)
 
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import machete_aot as machete
-from machete_aot import abi, product
+from machete_aot import abi, driver, product
 from machete_aot.product import aligned_rows, row_stride, run_kernel
 from machete_aot.validate import check_gemm
 from quantised import gptq, random_codes
@@ -163,6 +164,26 @@ def test_copied_scales_never_overlap(stub: Stub) -> None:
     """The copy is a kernel that has just been launched."""
     layer = Layer(100, 256)
     assert [layer.run(stub, layer.acts(1)).programmatic for _ in range(3)] == [False, False, False]
+
+
+@stubbed
+def test_any_thread_and_any_current_context_will_do(stub: Stub) -> None:
+    stub.set(devices=2)
+    layer = Layer(256, 512)
+    a, seen = layer.acts(1), []
+
+    def work() -> None:
+        seen.append(layer.run(stub, a).device)
+        seen.append(int(driver.call("cuCtxGetCurrent")))
+        driver.call("cuCtxPushCurrent", other)
+        seen.append(layer.run(stub, a).device)
+        seen.append(int(driver.call("cuCtxGetCurrent")))
+
+    other = driver.device(1).context
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [0, 0, 0, int(other)]  # a new thread has no current context; what was current is current again
 
 
 @stubbed

@@ -8,13 +8,13 @@ import importlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
@@ -120,13 +120,23 @@ def test_links_in_the_documentation_lead_somewhere() -> None:
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tables = text.split("## Runtime modules")[1].split("## Kernels, tiles")[0]
+    named = set(re.findall(r"`(\w+\.py)`", tables))
+    trivial = {"__init__.py", "__main__.py", "version.py", "paths.py"}
+    assert named == {path.name for path in (*RUNTIME, *PIPELINE)} - trivial
+
+
 def test_the_readme_example_runs() -> None:
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = re.sub(r"M, N, K, group = .*", "M, N, K, group = 3, 200, 256, 128", code)
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
-    assert scope["out"].shape == (3, 200)
-    assert bool(scope["out"].isfinite().all())
+    w_q, scales, a, out = (scope[name].cpu() for name in ("w_q", "scales", "a", "out"))
+    codes = torch.stack([w_q >> (4 * i) & 15 for i in range(8)], dim=1).flatten(0, 1)
+    weights = (codes.to(scales.dtype) - 8) * scales.repeat_interleave(scope["group"], dim=0)
+    expected = a.double() @ weights.double()
+    assert float((out.double() - expected).norm() / expected.norm()) < 2.5e-3
 
 
 def test_the_runtime_imports_only_what_it_declares() -> None:
@@ -180,17 +190,6 @@ def test_modules_are_small_and_say_their_job() -> None:
         source = path.read_text()
         assert len(source.splitlines()) <= 400, f"{path.name} has over 400 lines"
         assert ast.get_docstring(ast.parse(source)), f"{path.name} has no docstring"
-
-
-def test_importing_writes_nothing_and_loads_no_pipeline(tmp_path: Path) -> None:
-    program = (
-        "import sys, machete_aot\n"
-        "assert not {'jinja2', 'build_kernels', 'triton', 'cuda.bindings.driver'} & (sys.modules.keys() - before)\n"
-    )
-    program = "import sys, torch\nbefore = set(sys.modules)\n" + program
-    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_wheel_holds_the_runtime_and_its_bundle_alone() -> None:

@@ -14,8 +14,7 @@ from gpu_layers import Layer, same_bits
 
 import machete_aot as machete
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 9.0")]
+pytestmark = pytest.mark.gpu
 
 START = f"""
 import sys, time
@@ -194,8 +193,9 @@ print("good")
     assert new_process(code).strip() == "good"
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_several_devices() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
     layer = Layer(1024, 2048, 64, torch.bfloat16)
     a = layer.acts(5)
     expected = layer.gemm(a)

@@ -7,15 +7,14 @@ import hashlib
 from collections.abc import Sequence
 
 from build_kernels.check import Report
-from build_kernels.configs import Specialization
-from build_kernels.pack import Product, Release, write_bundle
+from build_kernels.configs import ImplConfig
+from build_kernels.pack import Product, write_bundle
 from machete_aot import abi
 from machete_aot.bundle import Bundle, open_bundle
-from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
-from machete_aot.manifest import Heuristic, Toolchain
+from machete_aot.config import ScheduleConfig, TileConfig
+from small_bundle import TYPES, release
 
-BF16 = TypeConfig("bf16", "u4b8", "bf16")
-FP16 = TypeConfig("fp16", "u4b8", "fp16")
+BF16, FP16 = TYPES
 
 NARROW = TileConfig("stream", 2, 1, 1, 4, 8, 5, 2)  # 128 rows, 8 tokens, steps of 256 k
 WIDE = TileConfig("stream", 1, 2, 1, 2, 64, 5, 1)  # 64 rows, 64 tokens, steps of 256 k
@@ -40,23 +39,10 @@ def make_bundle(
     parameters: Sequence[tuple[int, int]] = abi.PARAMETERS, static_shared_memory: int = 0, cubin: bytes | None = None
 ) -> Bundle:
     """A bundle of every type and tile above. ``cubin`` replaces all cubins."""
-    tiles = tuple(dict.fromkeys(s.tile for s in SCHEDULES))
-    kernels = [
-        Specialization(types, tile, tuple(s.split for s in SCHEDULES if s.tile == tile))
-        for types in (BF16, FP16)
-        for tile in tiles
-    ]
+    report = Report(80, 0, static_shared_memory)
     products = [
-        Product(kernel, Report(80, 0, static_shared_memory), cubin or stub_cubin(kernel.symbol, parameters))
-        for kernel in kernels
+        Product(kernel, report, cubin or stub_cubin(kernel.symbol, parameters))
+        for kernel in ImplConfig(TYPES, SCHEDULES).specializations
     ]
-    release = Release(
-        version="0.0.1",
-        arch="sm90a",
-        toolchain=Toolchain("13.0.88", "13.0.88", "4.2.0", ()),
-        source_digest=hashlib.sha256(b"stub").hexdigest(),
-        schedules=SCHEDULES,
-        heuristic=Heuristic(1, "none", {}, {}),
-    )
-    data, manifest = write_bundle(products, release)
+    data, manifest = write_bundle(products, release(SCHEDULES))
     return open_bundle(data, manifest_sha256=hashlib.sha256(manifest).hexdigest())

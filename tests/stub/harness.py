@@ -68,18 +68,8 @@ class Launch(NamedTuple):
         magic, kind, rank, interleave, swizzle, promotion, fill, _ = words[:8]
         assert magic == 0x7E5709A9, "the first parameter is no tensor map that the stub encoded"
         dims, strides, box, steps = words[9:12], words[12:14], words[14:17], words[17:20]
-        return TensorMapArguments(
-            kind,
-            words[8],
-            dims[:rank],
-            strides[: rank - 1],
-            box[:rank],
-            steps[:rank],
-            interleave,
-            swizzle,
-            promotion,
-            fill,
-        )
+        sizes = (dims[:rank], strides[: rank - 1], box[:rank], steps[:rank])
+        return TensorMapArguments(kind, words[8], *sizes, interleave, swizzle, promotion, fill)
 
 
 class _LaunchRecord(ctypes.Structure):
@@ -175,6 +165,7 @@ def stubbed(test: Callable[..., None]) -> Callable[..., None]:
         in_child(lambda: test(Stub(), **arguments))
 
     signature = inspect.signature(test)
+    run.on_stub_driver = True  # type: ignore[attr-defined]
     run.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
     return run
 
@@ -184,9 +175,7 @@ def in_child(body: Callable[[], None]) -> None:
     reader, writer = os.pipe()
     sys.stdout.flush()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # from Python 3.12 on: other threads exist. The child uses none
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads exist. The child uses none
         pid = os.fork()
     if pid == 0:
         status = 1

@@ -18,6 +18,7 @@
 #define MAX_KERNELS 64
 #define MAX_LAUNCHES 4096
 #define MAX_PARAMETERS 4
+#define PARAMETERS_AT 112  // where the parameters begin in the device's layout; real ones lie at 112 and 240
 #define MAX_CALLS 64
 
 enum { SUCCESS, INVALID_VALUE, NO_DEVICE = 100, INVALID_DEVICE, INVALID_IMAGE = 200, INVALID_CONTEXT };
@@ -149,22 +150,12 @@ EXPORT int cuDeviceGetName(char* name, int length, int device) {
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTER();
   (void)device;
-  switch (attribute) {
-    case 16:
-      *value = knob("sms");
-      return SUCCESS;
-    case 75:
-      *value = knob("major");
-      return SUCCESS;
-    case 76:
-      *value = knob("minor");
-      return SUCCESS;
-    case 97:
-      *value = 227 * 1024;
-      return SUCCESS;
-    default:
-      return INVALID_VALUE;
-  }
+  if (attribute == 16) *value = knob("sms");
+  else if (attribute == 75) *value = knob("major");
+  else if (attribute == 76) *value = knob("minor");
+  else if (attribute == 97) *value = 227 * 1024;  // shared memory that a CTA may ask for
+  else return INVALID_VALUE;
+  return SUCCESS;
 }
 
 EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
@@ -195,7 +186,7 @@ EXPORT int cuCtxPopCurrent_v2(void** context) {
 
 EXPORT int cuStreamIsCapturing(void* stream, int* status) {
   ENTER();
-  (void)stream;
+  if (!stream && !depth) return INVALID_CONTEXT;  // the default stream is that of the current context
   *status = knob("capturing");
   return SUCCESS;
 }
@@ -270,7 +261,7 @@ EXPORT int cuKernelSetAttribute(int attribute, int value, struct kernel* kernel,
 EXPORT int cuKernelGetParamInfo(struct kernel* kernel, size_t index, size_t* offset, size_t* size) {
   ENTER();
   if (index >= (size_t)kernel->count) return INVALID_VALUE;
-  *offset = kernel->offset[index];
+  *offset = PARAMETERS_AT + kernel->offset[index];
   *size = kernel->size[index];
   return SUCCESS;
 }
@@ -279,6 +270,7 @@ EXPORT int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* addr
                                   const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                   int interleave, int swizzle, int promotion, int fill) {
   ENTER();
+  if (!depth) return INVALID_CONTEXT;
   if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank < 1 || rank > 3) return INVALID_VALUE;
   struct encoded e = {.magic = 0x7e5709a9,
                       .type = (uint32_t)type,
