@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,15 @@ def main() -> None:
     sweeps = load(options.sweeps)
     device = sweeps[0]["device"]
     rows = [row for sweep in sweeps for row in sweep["rows"]]
-    fitted: Fitted = {}
-    for types in sorted({row["types"] for row in rows}):
-        fitted[types] = {}
-        for schedule in schedules():
-            points = points_of(rows, types, schedule.name)
-            if points:
-                fitted[types][schedule.name] = fit(schedule, points, device["sms"])
+    fitted: Fitted = {types: {} for types in sorted({row["types"] for row in rows})}
+    with ProcessPoolExecutor() as pool:
+        jobs = {}
+        for types in fitted:
+            for schedule in schedules():
+                if points := points_of(rows, types, schedule.name):
+                    jobs[types, schedule.name] = pool.submit(fit, schedule, points, device["sms"])
+        for (types, name), job in jobs.items():
+            fitted[types][name] = job.result()
     source = f"{device['name']}, {sweeps[0]['date']}: python -m benchmarks.sweep, python -m benchmarks.fit"
     document = {
         "version": 1,

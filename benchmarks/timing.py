@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import machete_aot as machete
 from machete_aot.selection import traffic
 
 COLD_BYTES = 230e6  # weights in rotation: several times an H100's 50 MB of L2
-GRAPH_US = 400  # calls in a graph fill about this long, so that its launch does not count
+GRAPH_US = 300  # calls in a graph fill about this long, so that its launch does not count
 PEAK_BYTES_PER_US = 3.0e6  # floors are stated for 3.0 TB/s and 790 TFLOP/s, what an H100 sustains
 PEAK_FLOPS_PER_US = 790e6
 
@@ -32,7 +32,7 @@ class TimedGraph:
     """Calls captured into one graph. They must have been called before, so that nothing is loaded in the capture."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = len(calls)
+        self.calls = calls  # keeps their tensors alive: the graph holds addresses only
         self.stream = torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -48,7 +48,7 @@ class TimedGraph:
             self.graph.replay()
             end.record()
             end.synchronize()
-        return start.elapsed_time(end) * 1e3 / self.calls
+        return start.elapsed_time(end) * 1e3 / len(self.calls)
 
 
 def alternate_us(graphs: Sequence[TimedGraph], rounds: int) -> list[float]:
@@ -75,6 +75,7 @@ class Layer:
     dtype: torch.dtype
     weights: list[tuple[torch.Tensor, torch.Tensor]]  # prepacked, scales
     plain: list[torch.Tensor]  # [n, k]
+    buffers: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @staticmethod
     def make(n: int, k: int, group: int, dtype: torch.dtype) -> Layer:
@@ -96,8 +97,7 @@ class Layer:
 
     def gemm_graph(self, m: int, schedule: str | None) -> TimedGraph:
         """machete_aot.gemm at ``m`` tokens."""
-        a = torch.randn(m, self.k, device="cuda", dtype=self.dtype)
-        outs = [torch.empty(m, self.n, device="cuda", dtype=self.dtype) for _ in range(2)]
+        a, *outs = self._buffers(m)
 
         def call(i: int) -> Call:
             b, scales = self.weights[i % len(self.weights)]
@@ -112,15 +112,21 @@ class Layer:
 
     def cublas_graph(self, m: int) -> TimedGraph:
         """torch.mm with 16-bit weights at ``m`` tokens."""
-        a = torch.randn(m, self.k, device="cuda", dtype=self.dtype)
-        out = torch.empty(m, self.n, device="cuda", dtype=self.dtype)
+        a, *outs = self._buffers(m)
 
         def call(i: int) -> Call:
-            return lambda: torch.mm(a, self.plain[i % len(self.plain)].t(), out=out)
+            return lambda: torch.mm(a, self.plain[i % len(self.plain)].t(), out=outs[i % 2])
 
         calls = [call(i) for i in range(max(len(self.plain), min(30, self.calls_in_graph(m))))]
         calls[0]()
         return TimedGraph(calls)
+
+    def _buffers(self, m: int) -> list[torch.Tensor]:
+        """Activations and two outputs, shared by all graphs of the same ``m``."""
+        if m not in self.buffers:
+            a = torch.randn(m, self.k, device="cuda", dtype=self.dtype)
+            self.buffers = {m: [a, *(a.new_empty(m, self.n) for _ in range(2))]}
+        return self.buffers[m]
 
 
 def _copies(size: float) -> int:

@@ -46,7 +46,7 @@ SIZE = _STRUCT.size  # 64: a multiple of the pointers' alignment
 
 OFFSETS = {f.name: struct.calcsize("<" + "".join(g.code for g in FIELDS[:i])) for i, f in enumerate(FIELDS)}
 
-# (offset, size) of each kernel parameter, counted from the first
+# (offset, size) of each kernel parameter, as cuKernelGetParamInfo reports them
 PARAMETERS = ((0, TENSOR_MAP_BYTES), (TENSOR_MAP_BYTES, SIZE))
 
 

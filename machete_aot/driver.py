@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cuda.bindings.driver`` behind a thin layer: imported and initialised at first use, every call checked.
+"""``cuda.bindings.driver`` behind a thin layer: initialised at first use, every call checked.
 
 ``call("cuDeviceGet", 0)`` makes one driver call and returns its results without the status. What is asked of a device
 again and again (its number of SMs, its primary context) is asked once and kept in ``Device``.
@@ -7,7 +7,6 @@ again and again (its number of SMs, its primary context) is asked once and kept 
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,15 @@ from functools import cached_property
 from typing import Any
 
 from .errors import DeviceError, DriverCallError
+
+_bindings: Any = None
+_import_error: Exception | None = None
+try:  # at import, because it takes 25 ms that a first product should not pay; it loads no driver
+    import cuda.bindings.driver
+
+    _bindings = cuda.bindings.driver
+except (ImportError, OSError, RuntimeError) as error:  # reported when a driver is asked for: importing never fails
+    _import_error = error
 
 _HINTS = {
     2: "the GPU is out of memory; free some and call again",
@@ -139,18 +147,18 @@ def version_text(version: int) -> str:
 
 
 def _initialised() -> Any:
+    if _bindings is None:
+        raise DeviceError(
+            f"cuda-bindings cannot be imported ({_import_error}); pip install 'cuda-bindings>=12.9'"
+        ) from _import_error
     try:
-        driver = importlib.import_module("cuda.bindings.driver")
-    except ImportError as error:
-        raise DeviceError(f"cuda-bindings cannot be imported ({error}); pip install 'cuda-bindings>=12.9'") from error
-    try:
-        _call(driver, "cuInit", 0)
+        _call(_bindings, "cuInit", 0)
     except MissingFunctionError as error:
         raise DeviceError(
             f"no usable CUDA driver: {error.__cause__}; install NVIDIA's driver, so that libcuda.so.1 can be loaded "
             "(in a container: start it with the GPU's driver mounted), or keep the tensors on the CPU"
         ) from error.__cause__
-    return driver
+    return _bindings
 
 
 def _call(driver: Any, name: str, *arguments: Any) -> Any:

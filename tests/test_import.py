@@ -54,13 +54,11 @@ def test_import_touches_no_driver(tmp_path: Path) -> None:
     code = """
 import sys, torch
 before = open("/proc/self/maps").read().count("libcuda.so")
-imported_by_torch = "cuda.bindings.driver" in sys.modules
 import machete_aot
 assert open("/proc/self/maps").read().count("libcuda.so") == before
 assert not torch.cuda.is_initialized()
 from machete_aot import driver
 assert driver._state.api is None
-assert ("cuda.bindings.driver" in sys.modules) == imported_by_torch
 """
     python(code, tmp_path)
 
