@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from machete_aot.abi import PARAMETERS
+from machete_aot.config import WARPGROUP, TileConfig
 
 from .configs import Specialization
 from .elf import Cubin, read_cubin
@@ -72,13 +73,54 @@ def parse_log(text: str) -> Log:
     return Log(stack, spills, static, tuple(remarks))
 
 
-def matrix_shapes(cubin: Path) -> list[str]:
-    """The shape of every HGMMA (wgmma) instruction in a cubin, such as "64x8x16"."""
+@dataclass(frozen=True)
+class Instructions:
+    """What the checks look for in a cubin's instructions.
+
+    ``matrix_shapes``: of every HGMMA (wgmma), such as "64x8x16". ``raised``, ``lowered``: registers a thread that
+    setmaxnreg asks for and leaves, 0 where a kernel does not use it.
+    """
+
+    matrix_shapes: tuple[str, ...]
+    raised: int = 0
+    lowered: int = 0
+
+
+def disassemble(cubin: Path) -> Instructions:
+    """Reads a cubin with nvdisasm."""
     command = [str(find_disassembler()), "-c", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise BuildError(f"nvdisasm cannot read {cubin}: {result.stderr.strip()}")
-    return re.findall(r"\bHGMMA\.(\d+x\d+x\d+)", result.stdout)
+    return parse_instructions(result.stdout)
+
+
+def parse_instructions(text: str) -> Instructions:
+    """Reads the output of ``nvdisasm -c``."""
+    raised = re.findall(r"\bUSETMAXREG\.TRY_ALLOC\S* \S+ (0x[0-9a-f]+)", text)
+    lowered = re.findall(r"\bUSETMAXREG\.DEALLOC\S* (0x[0-9a-f]+)", text)
+    return Instructions(
+        tuple(re.findall(r"\bHGMMA\.(\d+x\d+x\d+)", text)),
+        max((int(value, 16) for value in raised), default=0),
+        max((int(value, 16) for value in lowered), default=0),
+    )
+
+
+def pool_problems(tile: TileConfig, registers: int, found: Instructions) -> Iterator[str]:
+    """Warpgroups that would wait for registers for ever.
+
+    setmaxnreg takes from the pool of registers that the CTA was launched with, ``registers`` for each thread, and not
+    from the SM's: what its consumer warpgroups raise and its producer warpgroup keeps must fit into that.
+    """
+    if not found.raised and not found.lowered:
+        return
+    groups = tile.threads // WARPGROUP
+    wanted, pool = (groups - 1) * found.raised + found.lowered, groups * registers
+    if wanted > pool:
+        yield (
+            f"setmaxnreg: {groups - 1} x {found.raised} + {found.lowered} = {wanted} registers, but the CTA starts "
+            f"with {groups} x {registers} = {pool}: it would wait for ever"
+        )
 
 
 def register_limit(threads: int, ctas_per_sm: int) -> int:
@@ -114,7 +156,7 @@ def check_kernel(kernel: Specialization, folder: Path = BUILD) -> tuple[Report, 
     problems = [
         *_log_problems(log),
         *_cubin_problems(kernel, cubin),
-        *_instruction_problems(kernel, matrix_shapes(path)),
+        *_instruction_problems(kernel, cubin.registers, disassemble(path)),
         *shared_memory_problems(kernel, log.static_shared_memory),
     ]
     return Report(cubin.registers, log.spills, log.static_shared_memory), problems
@@ -159,7 +201,8 @@ def _cubin_problems(kernel: Specialization, cubin: Cubin) -> Iterator[str]:
         yield f"{cubin.registers} registers a thread, limit {limit} for {kernel.tile.ctas_per_sm} CTAs per SM"
 
 
-def _instruction_problems(kernel: Specialization, shapes: Sequence[str]) -> Iterator[str]:
-    wanted = f"64x{kernel.tile.tokens}x16"
-    if set(shapes) != {wanted}:
-        yield f"HGMMA instructions of shapes {', '.join(sorted(set(shapes))) or 'none'}, wanted {wanted} alone"
+def _instruction_problems(kernel: Specialization, registers: int, found: Instructions) -> Iterator[str]:
+    shapes, wanted = set(found.matrix_shapes), f"64x{kernel.tile.tokens}x16"
+    if shapes != {wanted}:
+        yield f"HGMMA instructions of shapes {', '.join(sorted(shapes)) or 'none'}, wanted {wanted} alone"
+    yield from pool_problems(kernel.tile, registers, found)

@@ -13,7 +13,7 @@ from build_kernels.check import (
     Report,
     check_kernel,
     check_kernels,
-    matrix_shapes,
+    disassemble,
     parse_log,
 )
 from build_kernels.compile import compile_kernels
@@ -117,7 +117,7 @@ def test_a_good_kernel_passes(good: Path) -> None:
     assert (cubin.abi, cubin.parameters, cubin.max_threads, cubin.frame) == (8, PARAMETERS, 320, 0)
     assert report == Report(cubin.registers, 0, 0)
     assert 8 <= report.registers <= 96
-    assert matrix_shapes(good / f"{KERNEL.id}.cubin") == ["64x8x16"]
+    assert disassemble(good / f"{KERNEL.id}.cubin").matrix_shapes == ("64x8x16",)
     assert check_kernels([KERNEL], good) == {KERNEL.id: report}
 
 

@@ -17,7 +17,10 @@ import pytest
 from build_kernels import abi, catalogue, toolchain
 from build_kernels.__main__ import main
 from build_kernels.check import (
+    Instructions,
     Report,
+    parse_instructions,
+    pool_problems,
     register_limit,
     shared_memory_problems,
 )
@@ -82,6 +85,32 @@ def test_register_limit(threads: int, ctas: int, limit: int) -> None:
 
 
 # ---------------------------------------------------------------- generated sources
+
+
+@pytest.mark.parametrize(
+    ("warpgroups", "registers", "raised", "lowered", "fits"),
+    [
+        (2, 168, 224, 56, True),  # 504 of 504
+        (2, 168, 232, 56, False),
+        (3, 128, 152, 56, True),  # 512 of 512
+        (4, 96, 112, 56, False),  # 504 of 480: a kernel that hung on an H100
+        (4, 96, 104, 56, True),
+        (4, 96, 0, 0, True),  # without setmaxnreg
+    ],
+)
+def test_register_pool(warpgroups: int, registers: int, raised: int, lowered: int, fits: bool) -> None:
+    tile = TileConfig("dense", warpgroups, 1, 1, 1, 64, 4, 1)
+    found = Instructions(("64x64x16",), raised, lowered)
+    assert (list(pool_problems(tile, registers, found)) == []) == fits
+
+
+def test_reading_a_disassembly() -> None:
+    text = """
+        /*03b0*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe0 ;
+        /*0400*/                   HGMMA.64x8x16.F32.BF16 R24, R68, gdesc[UR16], R24, gsb0 ;
+        /*7bf0*/                   USETMAXREG.DEALLOC.CTAPOOL 0x38 ;
+    """
+    assert parse_instructions(text) == Instructions(("64x8x16",), 224, 56)
 
 
 def test_generated_source() -> None:
