@@ -178,7 +178,7 @@ def run_kernel(
     m, n, k = problem.m, problem.n, problem.k
     if b.data_ptr() % 16:
         raise ArgumentError(f"b must start on a 16-byte boundary, got address {b.data_ptr():#x}; pass b.clone()")
-    acts, scales, bias = aligned_rows(problem.a2d), aligned_rows(problem.scales), problem.bias
+    acts, scales, bias = aligned_rows(problem.a2d), aligned_rows(problem.scales, whole=True), problem.bias
     shape = Shape(m, n, k, problem.group, row_stride(acts), row_stride(scales), out.stride(0) if m > 1 else n)
     operands = Operands(
         acts.data_ptr(), b.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
@@ -192,13 +192,17 @@ def run_kernel(
         overlap.launch_after_writes(constants, overlaps, stream, launch)
 
 
-def aligned_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """``matrix`` [rows, columns], or a padded copy where the kernels could not read it: each row starts on 16 bytes."""
+def aligned_rows(matrix: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+    """``matrix`` [rows, columns], or a padded copy where the kernels could not read it: each row starts on 16 bytes.
+
+    ``whole``: rows are read in whole pieces of 16 bytes, so the last one must not end where the memory may end.
+    """
     rows, columns = matrix.shape
     stride = matrix.stride(0)
     contiguous = columns == 1 or matrix.stride(1) == 1
     apart = rows == 1 or (stride % ROW_ALIGNMENT == 0 and stride >= columns)
-    if contiguous and apart and matrix.data_ptr() % 16 == 0:
+    ends = not whole or columns % ROW_ALIGNMENT == 0
+    if contiguous and apart and ends and matrix.data_ptr() % 16 == 0:
         return matrix
     padded = torch.empty(rows, _round_up(columns), dtype=matrix.dtype, device=matrix.device)
     return padded[:, :columns].copy_(matrix)

@@ -111,6 +111,18 @@ def test_copies_hold_the_same_values(k: int, kind: str) -> None:
     assert k == 1 or found.stride(1) == 1
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_read_in_whole_pieces_have_room_after_the_last(rows: int) -> None:
+    """Scales: the kernels read 16 bytes at a time, and the caller's memory may end with the last element."""
+    for columns, copied in ((48, False), (50, True)):
+        matrix = torch.randn(rows, 56).half()[:, :columns].clone(memory_format=torch.contiguous_format)
+        found = aligned_rows(matrix, whole=True)
+        assert (found is not matrix) == copied
+        assert torch.equal(found, matrix)
+        used = (found.storage_offset() + (rows - 1) * row_stride(found) + -(-columns // 8) * 8) * 2
+        assert used <= found.untyped_storage().nbytes()
+
+
 def test_aligned_rows_are_not_copied() -> None:
     for matrix in (torch.randn(3, 64).bfloat16(), torch.randn(3, 72).bfloat16()[:, :50], torch.randn(1, 50).bfloat16()):
         assert aligned_rows(matrix) is matrix
