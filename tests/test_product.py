@@ -96,7 +96,8 @@ def misaligned(m: int, k: int) -> dict[str, torch.Tensor]:
 def test_misaligned_activations_are_copied(stub: Stub, kind: str) -> None:
     layer, a = Layer(256, 512), misaligned(4, 512)[kind]
     launch = layer.run(stub, a)
-    assert launch.tensor_map.address not in range(a.data_ptr(), a.data_ptr() + a.nbytes)
+    memory = a.untyped_storage()
+    assert launch.tensor_map.address not in range(memory.data_ptr(), memory.data_ptr() + memory.nbytes())
     assert (launch.tensor_map.dims, launch.tensor_map.strides) == ((64, 4, 8), (1024, 128))
 
 
