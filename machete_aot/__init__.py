@@ -10,6 +10,7 @@ from .bundle import Bundle
 from .errors import (
     ArgumentError,
     BundleError,
+    CacheError,
     CaptureError,
     CorruptError,
     DeviceError,
@@ -34,6 +35,7 @@ __all__ = [
     "ArgumentError",
     "Bundle",
     "BundleError",
+    "CacheError",
     "CaptureError",
     "CorruptError",
     "DeviceError",

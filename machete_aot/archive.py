@@ -63,6 +63,12 @@ def write_archive(files: Iterable[tuple[str, bytes]]) -> bytes:
     return bytes(data) + _tail(entries)
 
 
+def archive_size(files: Iterable[tuple[str, int]]) -> int:
+    """Bytes of the archive of entries of these names and sizes."""
+    each = _LOCAL.size + _CENTRAL.size
+    return _END.size + sum(each + 2 * len(name) + size for name, size in files)
+
+
 def data_offset(header_offset: int, name: str) -> int:
     """Where the data of an entry begin whose header is at ``header_offset``."""
     return header_offset + _LOCAL.size + len(name)

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a bundle: each digest is checked before what it protects is parsed.
 
-The chain: the pinned sha256 of manifest.json, which pins the dictionary and every frame, and each cubin. The file is
-read once; what was hashed is what is used.
+The chain: the trusted sha256 of manifest.json, which pins the dictionary and every frame, and each cubin. Where the
+bytes come from is another object's job (``BundleData``); whatever it returns is hashed, and what was hashed is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import Protocol
 
 import zstandard
 
 from . import abi
-from .archive import check_archive, last_entry
+from .archive import archive_size, check_archive, last_entry, write_archive
 from .errors import (
     BundleError,
     CorruptError,
@@ -33,6 +34,7 @@ from .manifest_rules import MAX_BUNDLE_BYTES
 
 MANIFEST_NAME = "manifest.json"
 DICTIONARY_NAME = "dictionary"
+_PARSED_MANIFESTS = 8
 
 
 def frame_name(kernel_id: str) -> str:
@@ -40,17 +42,62 @@ def frame_name(kernel_id: str) -> str:
     return f"frames/{kernel_id}"
 
 
+class BundleData(Protocol):
+    """Where a bundle's bytes are. Nothing that it returns is trusted."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole bundle."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """These bytes of the bundle's file. Raises BundleError; TruncatedError if it ends before."""
+
+    def whole(self) -> bytes | None:
+        """The whole file where it is at hand, None where it is not."""
+
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Brings these (offset, length) spans here if they are elsewhere. Raises BundleError."""
+
+
+class MemoryData:
+    """A bundle's file, read once."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    @property
+    def size(self) -> int:
+        return len(self._content)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset + length > len(self._content):
+            what = f"the bundle, of which bytes {offset} to {offset + length} are needed,"
+            raise TruncatedError(what, len(self._content), offset + length)
+        return self._content[offset : offset + length]
+
+    def whole(self) -> bytes:
+        return self._content
+
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Everything is here."""
+
+
 class Bundle:
     """An opened bundle: its manifest is trusted, its kernels are checked as they are read.
 
-    ``origin`` says where it came from, ``manifest_sha256`` identifies it. Immutable, hence safe to use from threads.
+    ``origin`` says where it came from, ``manifest_sha256`` identifies it, ``manifest_bytes`` is manifest.json as it was
+    hashed, and ``signature`` its detached signature if that is why it is trusted. ``trace`` has a line for each source
+    that was considered before this one, and for this one: which, and why. Safe to use from threads.
     """
 
-    def __init__(self, data: bytes, manifest: Manifest, manifest_sha256: str, origin: str) -> None:
+    def __init__(self, data: BundleData, manifest: Manifest, manifest_bytes: bytes, origin: str) -> None:
         self._data = data
         self.manifest = manifest
-        self.manifest_sha256 = manifest_sha256
+        self.manifest_bytes = manifest_bytes
+        self.manifest_sha256 = hashlib.sha256(manifest_bytes).hexdigest()
         self.origin = origin
+        self.signature: bytes | None = None
+        self.trace: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         info = self.manifest.bundle
@@ -61,7 +108,24 @@ class Bundle:
     @property
     def size(self) -> int:
         """Bytes of the whole bundle."""
-        return len(self._data)
+        return self._data.size
+
+    def fetch(self, kernel_ids: Sequence[str] | None = None) -> None:
+        """Brings these kernels (None: all) to this machine, if the bundle is not all here. Raises BundleError."""
+        self._data.fetch(list(frame_digests(self.manifest, kernel_ids)))
+
+    def to_bytes(self) -> bytes:
+        """The bundle's file, verified; parts that are not here are fetched. Raises BundleError."""
+        content = self._data.whole()
+        if content is None:
+            self.fetch()
+            frames = [(frame_name(k.id), self._frame(k)) for k in self.manifest.kernels]
+            content = write_archive(
+                [(DICTIONARY_NAME, self._dictionary_frame()), *frames, (MANIFEST_NAME, self.manifest_bytes)]
+            )
+        for problem in Bundle(MemoryData(content), self.manifest, self.manifest_bytes, self.origin).verify():
+            raise problem
+        return content
 
     def cubin(self, kernel_id: str) -> bytes:
         """The cubin of a kernel, checked: frame digest, then decompression to the announced size, then cubin digest.
@@ -76,7 +140,10 @@ class Bundle:
         return cubin
 
     def verify(self) -> list[BundleError]:
-        """Checks every byte of the bundle and returns all problems; an empty list means that it is intact."""
+        """Checks every byte of the bundle and returns all problems; an empty list means that it is intact.
+
+        Of a bundle that is not all here it fetches and checks every frame.
+        """
         problems: list[BundleError] = []
         try:
             _ = self._dictionary
@@ -91,36 +158,57 @@ class Bundle:
                     self._frame(kernel)
             except BundleError as e:
                 problems.append(e)
-        return problems + self._structure_problems()
-
-    def _structure_problems(self) -> list[BundleError]:
-        m = self.manifest
-        contents = [(DICTIONARY_NAME, m.dictionary.offset, m.dictionary.length)]
-        contents += [(frame_name(k.id), k.frame.offset, k.frame.length) for k in m.kernels]
-        last = last_entry(self._data, MANIFEST_NAME)
-        return list(check_archive(self._data, [*contents, (MANIFEST_NAME, last.offset, last.size)]))
+        whole = self._data.whole()
+        return problems if whole is None else problems + structure_problems(self.manifest, whole)
 
     @cached_property
     def _dictionary(self) -> bytes:
         info = self.manifest.dictionary
-        frame = self._span(info.offset, info.length, "the dictionary")
-        _check_digest(frame, info.sha256, "the dictionary's frame")
-        raw = _decompress(frame, info.raw_size, "the dictionary's frame", None)
+        raw = _decompress(self._dictionary_frame(), info.raw_size, "the dictionary's frame", None)
         _check_digest(raw, info.raw_sha256, "the dictionary")
         return raw
 
-    def _frame(self, kernel: KernelInfo) -> bytes:
-        what = f"the frame of kernel {kernel.id}"
-        frame = self._span(kernel.frame.offset, kernel.frame.length, what)
-        _check_digest(frame, kernel.frame.sha256, what)
+    def _dictionary_frame(self) -> bytes:
+        info = self.manifest.dictionary
+        frame = self._data.read(info.offset, info.length)
+        _check_digest(frame, info.sha256, "the dictionary's frame")
         return frame
 
-    def _span(self, offset: int, length: int, what: str) -> bytes:
-        if offset + length > len(self._data):
-            raise TruncatedError(
-                f"{what} (bytes {offset} to {offset + length} of the bundle)", len(self._data), offset + length
-            )
-        return self._data[offset : offset + length]
+    def _frame(self, kernel: KernelInfo) -> bytes:
+        frame = self._data.read(kernel.frame.offset, kernel.frame.length)
+        _check_digest(frame, kernel.frame.sha256, f"the frame of kernel {kernel.id}")
+        return frame
+
+
+def frame_digests(manifest: Manifest, kernel_ids: Iterable[str] | None = None) -> dict[tuple[int, int], str]:
+    """The (offset, length) and sha256 of the frames of the dictionary and of these kernels (None: all).
+
+    Raises MissingError for an id that the manifest lacks.
+    """
+    kernels = manifest.kernels if kernel_ids is None else [manifest.kernel(i) for i in kernel_ids]
+    frames = {(manifest.dictionary.offset, manifest.dictionary.length): manifest.dictionary.sha256}
+    return {**frames, **{(k.frame.offset, k.frame.length): k.frame.sha256 for k in kernels}}
+
+
+def structure_problems(manifest: Manifest, content: bytes) -> list[BundleError]:
+    """Every way in which a bundle's file differs from the archive that its manifest describes."""
+    try:
+        last = last_entry(content, MANIFEST_NAME)
+    except BundleError as e:
+        return [e]
+    return list(check_archive(content, [*_frames(manifest), (MANIFEST_NAME, last.offset, last.size)]))
+
+
+def bundle_size(manifest: Manifest, manifest_size: int) -> int:
+    """Bytes of the whole file, as they follow from its manifest and the bytes of that."""
+    return archive_size([*((name, size) for name, _, size in _frames(manifest)), (MANIFEST_NAME, manifest_size)])
+
+
+def _frames(manifest: Manifest) -> list[tuple[str, int, int]]:
+    """Name, offset and size of all that precedes the manifest in the file."""
+    m = manifest
+    dictionary = (DICTIONARY_NAME, m.dictionary.offset, m.dictionary.length)
+    return [dictionary, *((frame_name(k.id), k.frame.offset, k.frame.length) for k in m.kernels)]
 
 
 def open_bundle(source: str | PathLike[str] | bytes, *, manifest_sha256: str | Collection[str]) -> Bundle:
@@ -130,25 +218,56 @@ def open_bundle(source: str | PathLike[str] | bytes, *, manifest_sha256: str | C
     manifest in it), UntrustedError (an intact one, but with another digest), SchemaTooNewError, BundleError (not
     valid), IncompatibleError (ABI or layouts that this runtime lacks). Kernels are checked when they are read.
     """
-    data, origin = (source, "memory") if isinstance(source, bytes) else (_read(Path(source)), str(source))
+    data, origin = (source, "memory") if isinstance(source, bytes) else (read_file(Path(source)), str(source))
     pins = {manifest_sha256} if isinstance(manifest_sha256, str) else set(manifest_sha256)
-    entry = last_entry(data, MANIFEST_NAME)
-    raw = data[entry.offset : entry.offset + entry.size]
-    digest = hashlib.sha256(raw).hexdigest()
-    if digest not in pins:
-        if zlib.crc32(raw) != entry.crc:  # damage is not distrust
-            raise CorruptError(f"the manifest of {origin}", digest, "a manifest that fits its crc32")
-        wanted = ", ".join(sorted(pins)) or "none"
+    raw = manifest_in(data, origin, pins)
+    return open_manifest(raw, lambda _: MemoryData(data), origin, pins)
+
+
+def open_manifest(
+    manifest_bytes: bytes, data: Callable[[Manifest], BundleData], origin: str, trusted: Collection[str]
+) -> Bundle:
+    """The bundle of a manifest, which must have one of the ``trusted`` sha256 digests; ``data`` gives its frames.
+
+    Raises UntrustedError and what follows it in ``open_bundle``.
+    """
+    digest = hashlib.sha256(manifest_bytes).hexdigest()
+    if digest not in trusted:
+        wanted = ", ".join(sorted(trusted)) or "none"
         raise UntrustedError(
             f"the manifest of {origin} has sha256 {digest}, trusted: {wanted}; "
             "give expected_sha256= if you trust this bundle, or use the embedded one"
         )
-    manifest = parse_manifest(raw)
+    manifest = _parsed_manifests.get(digest)
+    if manifest is None:
+        manifest = parse_manifest(manifest_bytes)
+        if len(_parsed_manifests) >= _PARSED_MANIFESTS:
+            _parsed_manifests.clear()
+        _parsed_manifests[digest] = manifest
     _check_compatible(manifest, origin)
-    return Bundle(data, manifest, digest, origin)
+    return Bundle(data(manifest), manifest, manifest_bytes, origin)
 
 
-def _read(path: Path) -> bytes:
+# Parsing takes most of the time of opening. What the same bytes parsed to is kept by their sha256, which every opening
+# computes from the bytes that it was given: no time stamp and no path decides.
+_parsed_manifests: dict[str, Manifest] = {}
+
+
+def manifest_in(data: bytes, origin: str, trusted: Collection[str] = ()) -> bytes:
+    """The manifest in a bundle's bytes, of which nothing is trusted. Raises TruncatedError or CorruptError.
+
+    Damage is not distrust: its crc32 is compared if its sha256 is not one of ``trusted``.
+    """
+    entry = last_entry(data, MANIFEST_NAME)
+    raw = data[entry.offset : entry.offset + entry.size]
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest not in trusted and zlib.crc32(raw) != entry.crc:
+        raise CorruptError(f"the manifest of {origin}", digest, "a manifest that fits its crc32")
+    return raw
+
+
+def read_file(path: Path) -> bytes:
+    """A bundle's file. Raises MissingError, UnreachableError, and BundleError if it is larger than any bundle."""
     try:
         with path.open("rb") as f:
             data = f.read(MAX_BUNDLE_BYTES + 1)

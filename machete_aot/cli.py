@@ -8,45 +8,49 @@ truncated; 5 unreachable; 6 incompatible or written for a newer runtime; 7 not t
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import errors
-from .bundle import Bundle
-from .errors import BundleError, MacheteError
+from . import cli_bundles
+from .cli_output import (
+    EXIT_CODES,
+    OTHER,
+    USAGE,
+    add_bundle_options,
+    add_json_option,
+    bundle_facts,
+    exit_code,
+    open_bundle,
+    print_json,
+    problem_facts,
+    title,
+    trace_text,
+)
+from .errors import MacheteError
 from .scalar_type import SCALAR_TYPES, scalar_type
 from .version import __version__
 
-OTHER, USAGE = 1, 2
-EXIT_CODES: tuple[tuple[type[MacheteError], int], ...] = (
-    (errors.ArgumentError, USAGE),
-    (errors.MissingError, 3),
-    (errors.CorruptError, 4),
-    (errors.TruncatedError, 4),
-    (errors.UnreachableError, 5),
-    (errors.IncompatibleError, 6),
-    (errors.SchemaTooNewError, 6),
-    (errors.UntrustedError, 7),
-)
-
-
-def exit_code(error: MacheteError) -> int:
-    """The exit status that this error stands for."""
-    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), OTHER)
+__all__ = ["EXIT_CODES", "OTHER", "USAGE", "exit_code", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. Wrong usage raises SystemExit(2), as argparse does."""
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(logging.Formatter("machete-aot: %(message)s"))
+    logger = logging.getLogger(__package__)
+    logger.addHandler(warnings)
     try:
         status = command(options)
         sys.stdout.flush()
         return status
     except MacheteError as error:
+        if options.json:
+            print_json({"ok": False, "error": problem_facts(error)})
         print(f"machete-aot: {error}", file=sys.stderr)
         return exit_code(error)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
@@ -54,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OTHER
     except KeyboardInterrupt:
         return 130
+    finally:
+        logger.removeHandler(warnings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,36 +77,28 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add("demo", _demo, "multiply at the shapes of real layers, compare, and on a GPU measure")
+    add_json_option(add("demo", _demo, "multiply at the shapes of real layers, compare, and on a GPU measure"))
     for name, command, text in (
         ("list", _list, "show the kernels and schedules of a bundle"),
-        ("verify", _verify, "check every digest of a bundle"),
         ("doctor", _doctor, "show what works here, what does not, and what to do"),
     ):
         sub = add(name, command, text)
-        _add_bundle(sub)
-        _add_json(sub)
+        add_bundle_options(sub)
+        add_json_option(sub)
     explain = add("explain", _explain, "show which schedule a product gets, and why")
     for name, text in (("m", "rows of the activations"), ("n", "columns of the output"), ("k", "reduction length")):
         explain.add_argument(name, metavar=name.upper(), type=_positive, help=text)
     explain.add_argument("--a", choices=("bf16", "fp16"), default="bf16", help="activations (default: %(default)s)")
     explain.add_argument("--b", choices=tuple(SCALAR_TYPES), default="u4b8", help="weights (default: %(default)s)")
     explain.add_argument("--sms", type=_positive, help="multiprocessors (default: this GPU's, or 132 as on an H100)")
-    _add_bundle(explain)
-    _add_json(explain)
+    add_bundle_options(explain)
+    add_json_option(explain)
     qualify = add("qualify", _qualify, "run every kernel on this GPU against the reference and write a record")
     qualify.add_argument("--out", metavar="DIR", default="manifests/qualification", help="default: %(default)s")
-    _add_bundle(qualify)
+    add_bundle_options(qualify)
+    add_json_option(qualify)
+    cli_bundles.add_commands(add)
     return parser
-
-
-def _add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", metavar="FILE", help="a bundle (default: the embedded one)")
-    parser.add_argument("--sha256", metavar="HEX", help="the digest of its manifest, if this package does not pin it")
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _positive(text: str) -> int:
@@ -110,21 +108,15 @@ def _positive(text: str) -> int:
     return value
 
 
-def _open(options: argparse.Namespace) -> Bundle:
-    from .fetch import fetch_bundle
-
-    return fetch_bundle(source=options.bundle, expected_sha256=options.sha256)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, sort_keys=True))
-
-
 def _demo(options: argparse.Namespace) -> int:
     from . import demo
     from .product import H100_SMS
 
     device, reason = demo.usable_gpu()
+    if options.json:
+        results = list(demo.run_demo())
+        print_json({"gpu": device is not None, "reason": reason, "products": [demo.facts(r) for r in results]})
+        return 0 if all(map(demo.is_accurate, results)) else OTHER
     if device is not None:
         print(f"{reason}: times are of cold weights, in a CUDA graph")
     else:
@@ -140,20 +132,8 @@ def _demo(options: argparse.Namespace) -> int:
     return 0 if accurate else OTHER
 
 
-def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    info = bundle.manifest.bundle
-    return {
-        "name": info.name,
-        "version": info.version,
-        "arch": info.arch,
-        "manifest_sha256": bundle.manifest_sha256,
-        "origin": bundle.origin,
-        "bytes": bundle.size,
-    }
-
-
 def _list(options: argparse.Namespace) -> int:
-    bundle = _open(options)
+    bundle = open_bundle(options)
     kernels = [
         {
             "id": k.id,
@@ -172,18 +152,12 @@ def _list(options: argparse.Namespace) -> int:
         for s in bundle.manifest.schedules
     ]
     if options.json:
-        _print_json({"bundle": _bundle_facts(bundle), "kernels": kernels, "schedules": schedules})
+        print_json({"bundle": bundle_facts(bundle), "kernels": kernels, "schedules": schedules})
         return 0
-    print(_title(bundle))
+    print(title(bundle))
     _print_table("kernels", kernels, ("id", "layout", "threads", "registers", "frame_bytes", "cubin_bytes"))
     _print_table("schedules", schedules, ("name", "tile", "split", "shared_memory"))
     return 0
-
-
-def _title(bundle: Bundle) -> str:
-    info = bundle.manifest.bundle
-    head = f"{info.name} {info.version} {info.arch}, {bundle.size} bytes, from {bundle.origin}"
-    return f"{head}\nmanifest sha256 {bundle.manifest_sha256}"
 
 
 def _print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -194,50 +168,28 @@ def _print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[s
         print("  " + "  ".join(c.rjust(w) if c.isdigit() else c.ljust(w) for c, w in pairs).rstrip())
 
 
-def _verify(options: argparse.Namespace) -> int:
-    bundle, problems = None, []
-    try:
-        bundle = _open(options)
-        problems = bundle.verify()
-    except BundleError as error:
-        problems = [error]
-    if options.json:
-        _print_json(
-            {
-                "ok": not problems,
-                "bundle": _bundle_facts(bundle) if bundle else None,
-                "kernels": len(bundle.manifest.kernels) if bundle else 0,
-                "problems": [{"type": type(p).__name__, "message": str(p)} for p in problems],
-            }
-        )
-    elif bundle and not problems:
-        print(f"{_title(bundle)}\n{len(bundle.manifest.kernels)} kernels intact")
-    for problem in problems:
-        print(f"machete-aot: {problem}", file=sys.stderr)
-    return exit_code(problems[0]) if problems else 0
-
-
 def _explain(options: argparse.Namespace) -> int:
     from .fetch import use_bundle
     from .prepack import A_DTYPES
     from .product import explain
 
-    use_bundle(_open(options))
+    bundle = open_bundle(options)
+    use_bundle(bundle)
     dtype, b_type = A_DTYPES[options.a], scalar_type(options.b)
     explanation = explain(options.m, options.n, options.k, dtype, b_type, sms=options.sms)
     if options.json:
-        _print_json(explanation.as_dict())
+        print_json({**explanation.as_dict(), "bundle": bundle_facts(bundle)})
     else:
-        print(explanation.text())
+        print(f"{explanation.text()}\n{trace_text(bundle)}")
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from .doctor import diagnose, text
 
-    report = diagnose(lambda: _open(options))
+    report = diagnose(lambda: open_bundle(options))
     if options.json:
-        _print_json(report)
+        print_json(report)
     else:
         print(text(report))
     return 0 if report["ok"] else OTHER
@@ -250,12 +202,16 @@ def _qualify(options: argparse.Namespace) -> int:
     def progress(done: int, total: int, what: str) -> None:
         print(f"[{done}/{total}] {what}", file=sys.stderr)
 
-    bundle = _open(options)
+    bundle = open_bundle(options)
     record = qualify(bundle, progress=progress)
     problems = check_record(record, bundle.manifest)
     if problems:
         raise MacheteError("this GPU does not qualify the bundle, no record was written:\n  " + "\n  ".join(problems))
-    print(write_record(record, options.out))
+    path = str(write_record(record, options.out))
+    if options.json:
+        print_json({"ok": True, "record": path})
+    else:
+        print(path)
     return 0
 
 

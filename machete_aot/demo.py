@@ -187,6 +187,24 @@ def line(result: Result) -> str:
     )
 
 
+def facts(result: Result) -> dict[str, str | int | float | bool | None]:
+    """The same as plain data for JSON."""
+    r, layer = result, result.layer
+    return {
+        "layer": layer.name,
+        "types": layer.types.name,
+        "m": r.m,
+        "n": layer.n,
+        "k": layer.k,
+        "group": layer.group,
+        "schedule": r.schedule,
+        "error": r.error,
+        "accurate": is_accurate(r),
+        "seconds": r.seconds,
+        "bytes_per_second": r.bytes_per_second,
+    }
+
+
 def is_accurate(result: Result) -> bool:
     """Whether the error is within what rounding the output once explains."""
     return result.error <= TOLERANCE[result.layer.types.a]

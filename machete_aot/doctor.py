@@ -95,7 +95,7 @@ def _failure(check: str, error: Exception, action: str = "") -> Finding:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("machete-aot", OK, f"{__version__}, Python {platform.python_version()}, {platform.machine()}")
-    for name in ("cuda-bindings", "zstandard"):
+    for name in ("cuda-bindings", "zstandard", "requests", "filelock", "platformdirs", "tqdm"):
         try:
             yield Finding(name, OK, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
@@ -116,6 +116,8 @@ def _bundle(bundle: Bundle) -> Iterator[Finding]:
     info = bundle.manifest.bundle
     yield Finding("bundle", OK, f"{info.name} {info.version} {info.arch}, {bundle.size} bytes, from {bundle.origin}")
     yield Finding("manifest", OK, f"sha256 {bundle.manifest_sha256}")
+    for line in bundle.trace:
+        yield Finding("source", OK if line == bundle.trace[-1] else WARN, line)
     types = ", ".join(t.name for t in bundle.manifest.types)
     counts = f"{len(bundle.manifest.kernels)} kernels and {len(bundle.manifest.schedules)} schedules for {types}"
     problems = bundle.verify()

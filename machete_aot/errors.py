@@ -7,7 +7,7 @@ Each message says what was wanted, what was found and what to do. ``MacheteError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class MacheteError(Exception):
@@ -42,8 +42,15 @@ class BundleError(MacheteError, RuntimeError):
     """A bundle cannot be used. ``problems`` lists every violation found, not just the first."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        self.problems = tuple(problems)
-        super().__init__(message + "".join(f"\n  - {p}" for p in self.problems))
+        self.message, self.problems = message, tuple(problems)
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return self.message + "".join(f"\n  - {p}" for p in self.problems)
+
+    def add_problems(self, lines: Iterable[str]) -> None:
+        """Appends to ``problems``: what else was tried before this error was given up on."""
+        self.problems += tuple(lines)
 
 
 class MissingError(BundleError):
@@ -79,7 +86,11 @@ class UntrustedError(BundleError):
 
 
 class UnreachableError(BundleError):
-    """A bundle's file is there but cannot be read: no permission, a folder, a device that fails."""
+    """A bundle may be there but cannot be read: no permission, a device that fails, a server that does not answer."""
+
+
+class CacheError(UnreachableError):
+    """The cache's folder cannot be written: read-only, full, not a folder. The bundle itself may be fine."""
 
 
 class IncompatibleError(BundleError):

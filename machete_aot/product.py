@@ -20,7 +20,7 @@ from .scalar_type import ScalarType, u4b8
 from .validate import Problem, check_gemm
 
 ROW_ALIGNMENT = 8  # elements: 16 bytes, what tensor maps and bulk copies need
-H100_SMS = 132
+H100_SMS = selection.H100_SMS
 
 A_NAMES = {dtype: name for name, dtype in A_DTYPES.items()}
 

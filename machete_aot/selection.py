@@ -23,6 +23,7 @@ from .config import TileConfig, ceil_div
 from .errors import UnsupportedError
 from .manifest import Manifest, ScheduleInfo
 
+H100_SMS = 132
 COEFFICIENTS = ("fixed_us", "cta_us", "step_us", "alone_us")
 
 

@@ -7,17 +7,19 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import zstandard
 
 from machete_aot import bundle as bundle_module
 from machete_aot.archive import last_entry
-from machete_aot.bundle import Bundle, open_bundle
+from machete_aot.bundle import Bundle, MemoryData, bundle_size, frame_digests, open_bundle, open_manifest
 from machete_aot.errors import (
     BundleError,
     CorruptError,
@@ -290,3 +292,67 @@ def test_reading_from_threads() -> None:
 def test_every_error_is_the_packages_own() -> None:
     errors = [MissingError, TruncatedError, CorruptError, SchemaTooNewError, UntrustedError, IncompatibleError]
     assert all(issubclass(e, BundleError) and issubclass(e, MacheteError) for e in errors)
+
+
+class CountingData(MemoryData):
+    """Bytes that are not at hand as a whole; ``reads`` lists what was asked for."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.reads: list[tuple[int, int]] = []
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.reads.append((offset, length))
+        return super().read(offset, length)
+
+    def whole(self) -> None:  # type: ignore[override]
+        return None
+
+
+def test_a_bundle_can_be_put_together_from_its_frames() -> None:
+    data = CountingData(DATA)
+    bundle = open_manifest(TEXT, lambda _: data, "elsewhere", [DIGEST])
+    assert data.reads == [] and bundle.size == len(DATA)
+    assert bundle.to_bytes() == DATA
+    assert sorted(data.reads) == sorted(frame_digests(MANIFEST))
+    assert bundle.verify() == [] and bundle.manifest_bytes == TEXT
+    kernel = MANIFEST.kernels[1]
+    assert set(frame_digests(MANIFEST, [kernel.id]).values()) == {MANIFEST.dictionary.sha256, kernel.frame.sha256}
+
+
+def test_a_damaged_bundle_is_not_copied() -> None:
+    for at in (0, MANIFEST.kernels[0].frame.offset + 1, len(DATA) - 60):
+        try:
+            bundle = opened(flipped(at))
+        except CorruptError:
+            continue
+        with pytest.raises(CorruptError):
+            bundle.to_bytes()
+    assert opened().to_bytes() == DATA
+
+
+def test_the_size_follows_from_the_manifest() -> None:
+    assert bundle_size(MANIFEST, len(TEXT)) == len(DATA)
+
+
+def test_what_was_parsed_is_remembered_by_digest_alone(tmp_path: Path) -> None:
+    """Same path, size and time stamps: the bytes decide, and an untrusted manifest is never taken from memory."""
+    path = tmp_path / "b.zip"
+    path.write_bytes(DATA)
+    os.utime(path, (1000, 1000))
+    first = open_bundle(path, manifest_sha256=DIGEST)
+    assert open_bundle(path, manifest_sha256=DIGEST).manifest is first.manifest
+    with pytest.raises(UntrustedError):
+        open_bundle(path, manifest_sha256="0" * 64)
+    path.write_bytes(flipped(END.offset + 40))
+    os.utime(path, (1000, 1000))
+    with pytest.raises(CorruptError):
+        open_bundle(path, manifest_sha256=DIGEST)
+
+
+def test_many_manifests_are_not_all_remembered() -> None:
+    for i in range(20):
+        info = dataclasses.replace(MANIFEST.bundle, version=f"0.1.{i}")
+        data, digest = rewritten(dataclasses.replace(MANIFEST, bundle=info))
+        assert open_bundle(data, manifest_sha256=digest).manifest.bundle.version == f"0.1.{i}"
+    assert len(bundle_module._parsed_manifests) <= 8

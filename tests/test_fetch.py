@@ -12,19 +12,25 @@ from pathlib import Path
 
 import pytest
 
+from file_server import FileServer
 from machete_aot import fetch
-from machete_aot.bundle import open_bundle
+from machete_aot.bundle import Bundle, open_bundle
+from machete_aot.cache import Cache, bundle_name, manifest_name
 from machete_aot.errors import (
+    ArgumentError,
     BundleError,
+    CacheError,
+    CorruptError,
     IncompatibleError,
     MissingError,
     TruncatedError,
     UnreachableError,
-    UnsupportedError,
     UntrustedError,
 )
 from machete_aot.manifest import parse_manifest
-from small_bundle import rewritten, small_bundle
+from machete_aot.mirror import export_bundle
+from machete_aot.trust import sign_manifest
+from small_bundle import products, rewritten, small_bundle
 
 DATA, TEXT, DIGEST = small_bundle()
 MANIFEST = parse_manifest(TEXT)
@@ -37,7 +43,9 @@ def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "pins.json").write_text(json.dumps({"schema": 1, "bundles": [pin]}))
     (tmp_path / "small.zip").write_bytes(DATA)
     monkeypatch.setattr(fetch, "_data", lambda: tmp_path)
-    monkeypatch.delenv(fetch.SOURCE_VARIABLE, raising=False)
+    for name in (fetch.SOURCE_VARIABLE, fetch.PATH_VARIABLE, fetch.OFFLINE_VARIABLE, "MACHETE_AOT_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MACHETE_AOT_CACHE", str(tmp_path / "cache"))
     fetch.use_bundle(None)
     fetch.pins.cache_clear()
     yield tmp_path
@@ -136,10 +144,17 @@ def test_sources_of_another_digest(pinned: Path) -> None:
         fetch.fetch_bundle("sm100a", source=path, expected_sha256=digest)
 
 
-@pytest.mark.parametrize("url", ["https://example.invalid/b.zip", "http://example.invalid/b.zip", "s3://b"])
-def test_remote_sources_are_not_supported(pinned: Path, url: str) -> None:
-    with pytest.raises(UnsupportedError, match="is a file"):
-        fetch.fetch_bundle(source=url)
+@pytest.mark.parametrize("source", ["s3://b", "file:///etc/passwd", "ftp://u:secret@h/b.zip", "", [], [""]])
+def test_what_is_no_source(pinned: Path, source: str | list[str]) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        fetch.fetch_bundle(source=source)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"version": "../x"}, {"arch": "a/b"}, {"expected_sha256": "12"}, {"only": []}])
+def test_wrong_arguments(pinned: Path, mirror: Path, wrong: dict[str, str]) -> None:
+    with FileServer(mirror) as server, pytest.raises(ArgumentError):
+        fetch.fetch_bundle(**{"source": server.url, **wrong})  # type: ignore[arg-type]
 
 
 def test_the_bundle_of_the_process(pinned: Path) -> None:
@@ -151,3 +166,304 @@ def test_the_bundle_of_the_process(pinned: Path) -> None:
     assert fetch.default_bundle() is mine
     fetch.use_bundle(None)
     assert fetch.default_bundle() is not mine
+
+
+# ---------------------------------------------------------------- the order of sources, and its trace
+
+CUBINS = {p.kernel.id: p.cubin for p in products()}
+IDS = [k.id for k in MANIFEST.kernels]
+BF16 = [i for i in IDS if i.startswith("bf16_u4b8__")]
+
+
+def newer(version: str = "0.2.0") -> tuple[bytes, str]:
+    return rewritten(dataclasses.replace(MANIFEST, bundle=dataclasses.replace(MANIFEST.bundle, version=version)))
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    """A folder as export writes it."""
+    export_bundle(open_bundle(DATA, manifest_sha256=DIGEST), tmp_path / "mirror")
+    return tmp_path / "mirror"
+
+
+def all_right(bundle: Bundle) -> bool:
+    return bundle.verify() == [] and {i: bundle.cubin(i) for i in IDS} == CUBINS
+
+
+def test_a_list_is_tried_in_order(pinned: Path, tmp_path: Path, mirror: Path) -> None:
+    (tmp_path / "bad.zip").write_bytes(DATA[:-4])
+    bundle = fetch.fetch_bundle(source=[tmp_path / "none.zip", tmp_path / "bad.zip", str(mirror)])
+    assert bundle.origin == str(mirror / "machete-aot-sm90a-0.1.0.zip")
+    assert [line.split(": ")[1] for line in bundle.trace] == [
+        "MissingError",
+        "TruncatedError",
+        f"in use, {bundle.origin}",
+    ]
+
+
+def test_all_failures_are_listed_and_the_most_telling_raised(pinned: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.zip").write_bytes(DATA[:-4])
+    with pytest.raises(TruncatedError) as caught:
+        fetch.fetch_bundle(source=[tmp_path / "none.zip", tmp_path / "bad.zip", tmp_path / "gone"])
+    assert len(caught.value.problems) == 3 and str(tmp_path / "gone") in str(caught.value)
+
+
+def test_the_default_order(pinned: Path, tmp_path: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fetch.SOURCE_VARIABLE, f"{tmp_path / 'no.zip'}, {tmp_path / 'neither'}")
+    monkeypatch.setenv(fetch.PATH_VARIABLE, os.pathsep.join([str(tmp_path / "empty"), str(mirror)]))
+    (tmp_path / "empty").mkdir()
+    bundle = fetch.fetch_bundle()
+    assert bundle.origin == str(pinned / "small.zip")
+    assert [line.split()[0] for line in bundle.trace] == ["MACHETE_AOT_SOURCE", "MACHETE_AOT_SOURCE", "embedded"]
+    (pinned / "small.zip").write_bytes(b"not a bundle")
+    bundle = fetch.fetch_bundle()
+    assert bundle.origin == str(mirror / "machete-aot-sm90a-0.1.0.zip")
+    assert [line.split(": ")[1] for line in bundle.trace[2:]] == [
+        "CorruptError",
+        "MissingError",
+        f"in use, {bundle.origin}",
+    ]
+    monkeypatch.delenv(fetch.PATH_VARIABLE)
+    with pytest.raises(CorruptError) as caught:
+        fetch.fetch_bundle()
+    assert "the user's cache: MissingError" in str(caught.value)
+    cache = Cache()
+    cache.put(bundle_name(DIGEST), DATA)
+    assert all_right(fetch.fetch_bundle())
+    assert str(cache.folder) in fetch.fetch_bundle().origin
+
+
+def test_nothing_is_written_where_a_bundle_is_found(pinned: Path, mirror: Path) -> None:
+    before = sorted(pinned.rglob("*"))
+    assert all_right(fetch.fetch_bundle()) and all_right(fetch.fetch_bundle(source=mirror))
+    assert sorted(pinned.rglob("*")) == before
+
+
+# ---------------------------------------------------------------- mirrors
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        None,
+        b"",
+        b"<html>log in</html>",
+        b'{"schema": 2, "bundles": []}',
+        b'{"schema": 1, "bundles": []}',
+        b'{"schema": 1, "bundles": [{"arch": "sm90a", "version": "0.1.0", "file": "../small.zip", "size": 1, '
+        b'"manifest": "x.json", "manifest_sha256": ""}]}',
+    ],
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_index_is_a_hint(pinned: Path, mirror: Path, index: bytes | None, remote: bool) -> None:
+    (mirror / "index.json").unlink()
+    if index is not None:
+        (mirror / "index.json").write_bytes(index)
+    with FileServer(mirror) as server:
+        bundle = fetch.fetch_bundle(source=server.url if remote else mirror)
+    assert all_right(bundle)
+    assert not any("small.zip" in name for name in server.names)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_mirror_of_several_versions(pinned: Path, mirror: Path, remote: bool) -> None:
+    data, digest = newer()
+    export_bundle(open_bundle(data, manifest_sha256=digest), mirror)
+    with FileServer(mirror) as server:
+        source = server.url if remote else mirror
+        assert fetch.fetch_bundle(source=source).manifest.bundle.version == "0.1.0"  # the one that is pinned
+        with pytest.raises(UntrustedError):
+            fetch.fetch_bundle("sm90a", "0.2.0", source)
+        found = fetch.fetch_bundle("sm90a", "0.2.0", source, expected_sha256=digest.upper())
+        assert found.manifest_sha256 == digest
+        assert fetch.fetch_bundle(source=source, expected_sha256=digest).manifest.bundle.version == "0.2.0"
+        with pytest.raises(MissingError, match=r"0\.3\.0"):
+            fetch.fetch_bundle("sm90a", "0.3.0", source)
+        with pytest.raises(MissingError, match="sm100a"):
+            fetch.fetch_bundle("sm100a", source=source)
+
+
+def test_a_download_is_kept_and_not_repeated(pinned: Path, mirror: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    with FileServer(mirror) as server:
+        bundle = fetch.fetch_bundle(source=server.url, progress=lambda *p: seen.append(p))
+        assert all_right(bundle) and bundle.size == len(DATA) and seen[-1] == (len(DATA), len(DATA))
+        assert server.names == ["index.json", "machete-aot-sm90a-0.1.0.json", "machete-aot-sm90a-0.1.0.zip"]
+        assert all_right(fetch.fetch_bundle(source=server.url + "/"))
+        assert all_right(fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"]))
+        assert len(server.names) == 3
+    kinds = [e.kind for e in Cache(tmp_path / "cache").entries()]
+    assert sorted(kinds) == ["bundle", "lock", "manifest"]
+    assert all_right(fetch.fetch_bundle(source=server.url))  # nobody answers there any more
+    assert all_right(fetch.fetch_bundle(source=server.url, offline=True))
+
+
+def test_the_url_of_a_file(pinned: Path, mirror: Path, tmp_path: Path) -> None:
+    (mirror / "mine.zip").write_bytes(DATA)
+    with FileServer(mirror) as server:
+        assert all_right(fetch.fetch_bundle(source=f"{server.url}/mine.zip?token=secret", cache_dir=tmp_path / "a"))
+        assert server.names == ["mine.json", "mine.zip"]
+        bundle = fetch.fetch_bundle(source=f"{server.url}/machete-aot-sm90a-0.1.0.zip", cache_dir=tmp_path / "b")
+        assert all_right(bundle) and server.names[2:] == ["machete-aot-sm90a-0.1.0.json", "machete-aot-sm90a-0.1.0.zip"]
+        with pytest.raises(MissingError) as caught:
+            fetch.fetch_bundle(source=f"{server.url}/none.zip?token=secret", cache_dir=tmp_path / "c")
+    assert "secret" not in str(caught.value)
+
+
+def test_only_some_kernels(pinned: Path, mirror: Path, tmp_path: Path) -> None:
+    with FileServer(mirror) as server:
+        bundle = fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"])
+        assert ("machete-aot-sm90a-0.1.0.zip", "") not in server.requests  # never the whole file
+        assert sum(bool(wanted) for _, wanted in server.requests) == 1
+        asked = len(server.requests)
+        assert all(bundle.cubin(i) == CUBINS[i] for i in BF16) and len(server.requests) == asked
+        offline = fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"], offline=True)
+        assert all(offline.cubin(i) == CUBINS[i] for i in BF16)
+        other = next(i for i in IDS if i not in BF16)
+        with pytest.raises(MissingError, match="nothing may be downloaded"):
+            offline.cubin(other)
+        with pytest.raises(MissingError, match="offline"):
+            fetch.fetch_bundle(source=server.url, only=["fp16_u4b8"], offline=True)
+        assert bundle.cubin(other) == CUBINS[other]  # on demand
+        assert all_right(bundle) and bundle.to_bytes() == DATA
+        again = fetch.fetch_bundle(source=server.url)
+    assert all_right(again) and again.size == len(DATA)
+    assert not Cache(tmp_path / "cache").reports
+
+
+def test_what_was_fetched_in_part_serves_offline(pinned: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileServer(mirror) as server:
+        fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"])
+    monkeypatch.setenv(fetch.OFFLINE_VARIABLE, "1")
+    monkeypatch.setenv(fetch.SOURCE_VARIABLE, server.url)
+    assert {i: fetch.default_bundle().cubin(i) for i in BF16} == {i: CUBINS[i] for i in BF16}
+
+
+def test_servers_without_ranges_give_the_whole_file(pinned: Path, mirror: Path) -> None:
+    with FileServer(mirror, ranges=False) as server:
+        bundle = fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"])
+        asked = len(server.requests)
+        assert all_right(bundle) and len(server.requests) == asked
+
+
+def test_wrong_ranges_are_replaced_by_the_whole_file(pinned: Path, mirror: Path) -> None:
+    with FileServer(mirror) as server:
+        bundle = fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"])
+        damaged = bytearray(DATA)
+        for kernel in MANIFEST.kernels:
+            damaged[kernel.frame.offset + 1] ^= 1
+        (mirror / "machete-aot-sm90a-0.1.0.zip").write_bytes(damaged)
+        other = next(i for i in IDS if i not in BF16)
+        with pytest.raises(CorruptError):
+            bundle.cubin(other)
+        assert bundle.cubin(BF16[0]) == CUBINS[BF16[0]]
+        (mirror / "machete-aot-sm90a-0.1.0.zip").write_bytes(DATA)
+        assert bundle.cubin(other) == CUBINS[other]
+
+
+@pytest.mark.parametrize("where", ["start", "frame", "manifest", "end", "empty"])
+def test_a_damaged_cache_is_healed_and_reported(pinned: Path, mirror: Path, tmp_path: Path, where: str) -> None:
+    at = {"start": 0, "frame": MANIFEST.kernels[0].frame.offset + 1, "manifest": len(DATA) - 2000, "end": -1}
+    with FileServer(mirror) as server:
+        fetch.fetch_bundle(source=server.url)
+        path = Cache(tmp_path / "cache").folder / bundle_name(DIGEST)
+        damaged = bytearray(DATA)
+        if where != "empty":
+            damaged[at[where]] ^= 1
+        path.write_bytes(b"" if where == "empty" else damaged)
+        bundle = fetch.fetch_bundle(source=server.url)
+        assert {i: bundle.cubin(i) for i in IDS} == CUBINS
+    assert path.read_bytes() == DATA and path.with_name(path.name + ".corrupt").exists()
+    assert "set aside" in bundle.trace[0] and bundle.verify() == []
+
+
+def test_damage_that_cannot_be_healed_is_corruption(pinned: Path, mirror: Path, tmp_path: Path) -> None:
+    with FileServer(mirror) as server:
+        fetch.fetch_bundle(source=server.url)
+    path = Cache(tmp_path / "cache").folder / bundle_name(DIGEST)
+    damaged = bytearray(DATA)
+    damaged[MANIFEST.kernels[0].frame.offset + 1] ^= 1
+    path.write_bytes(damaged)
+    bundle = fetch.fetch_bundle(source=server.url, offline=True)
+    assert bundle.cubin(IDS[1]) == CUBINS[IDS[1]]
+    with pytest.raises(CorruptError):
+        bundle.cubin(IDS[0])
+
+
+def test_threads_share_one_download(pinned: Path, mirror: Path) -> None:
+    with FileServer(mirror) as server, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: fetch.fetch_bundle(source=server.url), range(16)))
+    assert all(all_right(b) for b in found)
+    assert server.names.count("machete-aot-sm90a-0.1.0.zip") == 1
+
+
+def test_a_mirror_that_lies(pinned: Path, mirror: Path, tmp_path: Path) -> None:
+    (mirror / "machete-aot-sm90a-0.1.0.zip").write_bytes(DATA[:-1])
+    with FileServer(mirror) as server:
+        with pytest.raises(TruncatedError):
+            fetch.fetch_bundle(source=server.url)
+        (mirror / "machete-aot-sm90a-0.1.0.json").write_bytes(TEXT.replace(b'"a test"', b'"A TEST"'))
+        (tmp_path / "cache" / "v1" / manifest_name(DIGEST)).unlink()
+        with pytest.raises(CorruptError):  # the index promised another one
+            fetch.fetch_bundle(source=server.url)
+        (mirror / "index.json").unlink()
+        with pytest.raises(UntrustedError):
+            fetch.fetch_bundle(source=server.url)
+    assert [e.kind for e in Cache(tmp_path / "cache").entries()] == ["lock"]
+
+
+def test_a_cache_that_cannot_be_written(pinned: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pinned / "file").write_text("not a folder")
+    with FileServer(mirror) as server:
+        with pytest.raises(CacheError, match="file"):
+            fetch.fetch_bundle(source=server.url, cache_dir=pinned / "file")
+        monkeypatch.setenv("MACHETE_AOT_CACHE", str(pinned / "file"))
+        bundle = fetch.fetch_bundle(source=server.url)
+        assert all_right(bundle) and "without a cache" in "".join(bundle.trace)
+        partial = fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"])
+        assert all_right(partial)
+
+
+# ---------------------------------------------------------------- signatures
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[bytes, Path, Path]:
+    """A private key, the file of its public key, and that of another."""
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    made = [Ed25519PrivateKey.generate() for _ in range(2)]
+    paths = [tmp_path / f"key{i}.pem" for i in range(2)]
+    for key, path in zip(made, paths, strict=True):
+        form = serialization.PublicFormat.SubjectPublicKeyInfo
+        path.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, form))
+    pem = made[0].private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return pem, paths[0], paths[1]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_signed_bundles(
+    pinned: Path, mirror: Path, tmp_path: Path, keys: tuple[bytes, Path, Path], remote: bool
+) -> None:
+    private, mine, other = keys
+    data, digest = newer()
+    bundle = open_bundle(data, manifest_sha256=digest)
+    bundle.signature = sign_manifest(bundle.manifest_bytes, private)
+    export_bundle(bundle, mirror)
+    with FileServer(mirror) as server:
+        source = server.url if remote else mirror
+        for wrong in ({}, {"keys": [other]}, {"keys": [mine], "expected_sha256": "1" * 64}):
+            with pytest.raises(UntrustedError):
+                fetch.fetch_bundle("sm90a", "0.2.0", source, **wrong)
+        found = fetch.fetch_bundle("sm90a", "0.2.0", source, keys=[other, mine])
+        assert all_right(found) and found.signature == bundle.signature
+        assert fetch.fetch_bundle(source=source, keys=[mine]).manifest_sha256 == DIGEST  # pinned before signed
+        assert export_bundle(found, tmp_path / "copy")[2].read_bytes() == bundle.signature
+    if remote:
+        assert all_right(fetch.fetch_bundle("sm90a", "0.2.0", server.url, keys=[mine]))
+        assert all_right(fetch.fetch_bundle("sm90a", "0.2.0", server.url, keys=[mine], offline=True))
+        with pytest.raises(MissingError):
+            fetch.fetch_bundle("sm90a", "0.2.0", server.url, keys=[other], offline=True)

@@ -108,7 +108,10 @@ def test_documented_commands_and_statuses_exist() -> None:
     table = readme.split("## Command line")[1].split("Exit status")[0]
     commands = set(re.findall(r"^\| `([a-z]+)", table, flags=re.M)) - {"machete"}
     help_text = cli._parser().format_help()
-    assert commands == {"demo", "doctor", "list", "verify", "explain", "qualify"}
+    assert commands == {
+        *("demo", "doctor", "list", "explain", "qualify"),
+        *("fetch", "verify", "export", "import", "sign", "cache"),
+    }
     assert all(re.search(rf"^ +{c} ", help_text, flags=re.M) for c in commands)
     documented = readme.split("Exit status:")[1].split("\n\n")[0]
     assert {int(d) for d in re.findall(r"\b\d\b", documented)} == {0, cli.OTHER, *(code for _, code in cli.EXIT_CODES)}
@@ -140,8 +143,18 @@ def test_the_readme_example_runs() -> None:
 
 
 def test_the_runtime_imports_only_what_it_declares() -> None:
-    declared = {Requirement(d).name for d in project()["dependencies"]}
-    assert {DISTRIBUTIONS.get(name, name) for name in third_party(RUNTIME)} == declared
+    metadata = project()
+    declared = {Requirement(d).name for d in metadata["dependencies"]}
+    optional = {Requirement(d).name for d in metadata["optional-dependencies"]["sign"]}
+    assert not declared & optional
+    assert {DISTRIBUTIONS.get(name, name) for name in third_party(RUNTIME)} == declared | optional
+
+
+def test_what_is_optional_is_imported_by_one_module_and_lazily() -> None:
+    users = [path for path in RUNTIME if "cryptography" in third_party([path])]
+    assert [path.name for path in users] == ["trust.py"]
+    top_level = [n for n in ast.parse(users[0].read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert not any("cryptography" in ast.unparse(node) for node in top_level)
 
 
 def test_the_runtime_needs_neither_the_pipeline_nor_a_compiler() -> None:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bundles may cost: a warm fetch, the check of a whole bundle, and the import of the package.
+
+Each is the median of several measurements in a process of its own. MACHETE_AOT_SLOW_MACHINE=<factor> allows more, for
+machines on which other work runs.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from fault_server import running
+from places import embedded, mirror_files
+from run_children import environment
+
+FACTOR = float(os.environ.get("MACHETE_AOT_SLOW_MACHINE", "1"))
+FETCH_MS, VERIFY_MS, IMPORT_MS = 3.0, 50.0, 50.0
+
+TIMED = """
+import statistics, sys, time
+import machete_aot
+
+def median_ms(work, times=31):
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        taken.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(taken)
+
+arguments = {arguments}
+machete_aot.fetch_bundle(**arguments)
+bundle = machete_aot.fetch_bundle(**arguments)
+fetch = median_ms(lambda: machete_aot.fetch_bundle(**arguments))
+verify = median_ms(lambda: machete_aot.fetch_bundle(**arguments).verify(), 11)
+assert bundle.verify() == []
+print(fetch, verify)
+"""
+
+
+def measured(code: str, compiled: Path) -> list[float]:
+    """What the code prints. ``compiled`` is a folder that keeps compiled modules from one run to the next."""
+    variables = {**environment(), "PYTHONPYCACHEPREFIX": str(compiled)}
+    variables.pop("PYTHONDONTWRITEBYTECODE")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [float(x) for x in done.stdout.split()]
+
+
+def test_fetch_and_verification_of_the_embedded_bundle(tmp_path: Path) -> None:
+    fetch, verify = measured(TIMED.format(arguments="{}"), tmp_path)
+    assert fetch < FETCH_MS * FACTOR, f"{fetch:.2f} ms"
+    assert verify < VERIFY_MS * FACTOR, f"{verify:.1f} ms"
+
+
+def test_a_warm_fetch_from_the_cache(tmp_path: Path, counts: Counter[str]) -> None:
+    data, text, digest = embedded()
+    with running(mirror_files((data, text, digest))) as server:
+        arguments = {"source": server.url, "cache_dir": str(tmp_path / "cache")}
+        fetch, verify = measured(TIMED.format(arguments=repr(arguments)), tmp_path)
+        asked = len(server.requests)
+    assert asked <= 4  # the index, the manifest and the bundle, once
+    assert fetch < FETCH_MS * FACTOR, f"{fetch:.2f} ms"
+    assert verify < VERIFY_MS * FACTOR, f"{verify:.1f} ms"
+
+
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import machete_aot
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+def test_import_adds_little_to_that_of_torch(tmp_path: Path) -> None:
+    first = measured(IMPORT, tmp_path)[0]  # compiles the modules, those of torch too
+    taken = [measured(IMPORT, tmp_path)[0] for _ in range(5)]
+    assert statistics.median(taken) < IMPORT_MS * FACTOR, f"{taken} ms after {first:.0f}"
