@@ -14,6 +14,7 @@ from typing import Any
 
 from . import driver
 from .bundle import Bundle
+from .cache import Cache
 from .config import TypeConfig
 from .errors import DeviceError
 from .manifest import Compat
@@ -50,6 +51,7 @@ def diagnose(open_bundle: Callable[[], Bundle]) -> dict[str, Any]:
     else:
         findings += _guarded("bundle", _bundle, bundle)
         findings += _guarded("sample product", _sample, bundle)
+    findings += _guarded("cache", _cache)
     compat = bundle.manifest.compat if bundle else None
     platform_findings = [*_guarded("driver", _driver, compat), *_guarded("devices", _devices, compat)]
     findings += platform_findings
@@ -164,6 +166,18 @@ def _device(index: int, compat: Compat | None) -> Iterator[Finding]:
         yield Finding(f"device {index}", WARN, f"{found}: not usable", f"the kernels need compute capability {wanted}")
     else:
         yield Finding(f"device {index}", OK, f"{found}: usable" if compat else found)
+
+
+def _cache() -> Iterator[Finding]:
+    cache = Cache()
+    entries = cache.entries()
+    if not entries:
+        yield Finding("cache", OK, f"{cache.folder}: empty; nothing is written to it while the embedded bundle is used")
+        return
+    yield Finding("cache", OK, f"{cache.folder}: {len(entries)} files, {sum(e.size for e in entries)} bytes")
+    damaged = [e.name for e in entries if e.kind == "corrupt"]
+    if damaged:
+        yield Finding("cache damage", WARN, f"set aside as damaged: {', '.join(damaged)}", "machete-aot cache clear")
 
 
 def _sample(bundle: Bundle) -> Iterator[Finding]:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from machete_aot import doctor
 from machete_aot.bundle import Bundle
+from machete_aot.cache import Cache, manifest_name
 from machete_aot.errors import MissingError
 from machete_aot.fetch import fetch_bundle
 from stub.harness import build
@@ -113,3 +116,16 @@ def test_the_report_names_bundle_and_kernel() -> None:
     detail = finding(report, "sample product")["detail"]
     assert any(f"kernel {k.id}," in detail for k in bundle.manifest.kernels)
     assert all(f["detail"] in doctor.text(report) for f in report["findings"])
+
+
+def test_the_cache_is_described_and_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MACHETE_AOT_CACHE", str(tmp_path))
+    assert "empty" in finding(doctor.diagnose(fetch_bundle), "cache")["detail"]
+    assert list(tmp_path.iterdir()) == []
+    cache = Cache()
+    name = manifest_name(sha256(b"{}").hexdigest())
+    cache.put(name, b"{}")
+    assert "1 files, 2 bytes" in finding(doctor.diagnose(fetch_bundle), "cache")["detail"]
+    (cache.folder / name).rename(cache.folder / f"{name}.corrupt")
+    found = finding(doctor.diagnose(fetch_bundle), "cache damage")
+    assert (found["status"], found["action"]) == ("warn", "machete-aot cache clear") and name in found["detail"]
