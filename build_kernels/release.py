@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from machete_aot.fetch import PINS_SCHEMA
 from machete_aot.manifest import Toolchain
+from machete_aot.publish import publish
 from machete_aot.version import __version__
 
 from .catalogue import ARCH, schedules, specializations
@@ -49,9 +49,9 @@ def release(
     )
     data.mkdir(parents=True, exist_ok=True)
     manifests.mkdir(parents=True, exist_ok=True)
-    _replace(data / BUNDLE_FILE, bundle)
-    _replace(manifest_path(manifests), manifest)
-    _replace(data / "pins.json", _pins(manifest))
+    publish(data / BUNDLE_FILE, bundle)
+    publish(manifest_path(manifests), manifest)
+    publish(data / "pins.json", _pins(manifest))
     return data / BUNDLE_FILE
 
 
@@ -63,10 +63,3 @@ def _pins(manifest: bytes) -> bytes:
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
     }
     return json.dumps({"schema": PINS_SCHEMA, "bundles": [pin]}, indent=2).encode() + b"\n"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that it is never seen half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -13,6 +13,7 @@ from .index import version_key
 from .manifest import Manifest, parse_manifest
 from .request import Request, first_line
 from .stored import Server, StoredData
+from .trust import signed_by
 
 MakeServer = Callable[[Manifest, str], "Server | None"]  # of a manifest and its digest
 
@@ -88,19 +89,19 @@ def _from_whole(request: Request, digest: str) -> bytes | None:
 
 def _signed(request: Request) -> Iterator[tuple[bytes, str, bytes | None]]:
     for entry in request.cache.entries():
-        if entry.kind != "signature":
+        if entry.kind != "signature" or entry.digest in request.trust.digests:
             continue
         manifest = request.cache.get(manifest_name(entry.digest), entry.digest)
         if manifest is None:
             continue
         try:
             signature = request.cache.get(signature_name(entry.digest), lambda _: None)
-            _, text = request.trust.digests_with(manifest, lambda found=signature: found)  # type: ignore[misc]
+            trusted = signature is not None and signed_by(manifest, signature, request.trust.keys) is not None
         except CorruptError as error:
             request.cache.set_aside(entry.name, error)
             continue
-        if text is not None:
-            yield manifest, entry.digest, text
+        if trusted:
+            yield manifest, entry.digest, signature
 
 
 def _version_key(manifest: bytes) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ def _store(bundle: Bundle, cache: Cache) -> list[str]:
 
 def _sign(options: argparse.Namespace) -> int:
     from .manifest import parse_manifest
-    from .mirror import publish
+    from .publish import publish
     from .trust import SIGNATURE_SUFFIX, sign_manifest
 
     manifest = _read(options.file)

@@ -6,14 +6,13 @@ A web server that serves such a folder, or a copy of it, is a complete mirror.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from pathlib import Path
 
 from .bundle import Bundle
 from .errors import BundleError, UnreachableError
 from .index import INDEX_NAME, MAX_INDEX_BYTES, IndexEntry, conventional_entry, dump_index, parse_index
+from .publish import publish
 from .trust import SIGNATURE_SUFFIX
 
 
@@ -42,20 +41,6 @@ def export_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]:
     except OSError as error:
         raise UnreachableError(f"the folder {folder} cannot be written: {error.strerror or error}") from error
     return [folder / name for name in files]
-
-
-def publish(path: Path, content: bytes) -> None:
-    """Writes a file so that nobody ever sees half of it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _entries(folder: Path) -> tuple[IndexEntry, ...]:

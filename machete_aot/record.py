@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from .decode import decode
 from .manifest import KernelInfo, Manifest, dump_manifest
+from .publish import publish
 
 SCHEMA = 1
 TOLERANCE = {"bf16": 2.5e-3, "fp16": 3.5e-4}  # of ||out - ref|| / ||ref||, by the activations' type
@@ -96,15 +96,7 @@ def write_record(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> P
     target = Path(folder) / name
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    publish(target, text.encode())
     return target
 
 
