@@ -1,99 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times machete_aot.gemm, with the schedule that it chooses itself, beside cuBLAS and beside the peers' figures.
+"""Times machete_aot.gemm, with the schedule that it chooses itself, beside cuBLAS and the peers, over peers_h100.json.
 
     python -m benchmarks.compare --out compare.json
 
-The peers' times of peers_h100.json are scaled by cuBLAS's time in this run over its time in that file, so that another
-clock or another card does not count for or against them.
+Peers that can be imported are timed in the same run, as `machete-aot bench` does. On an H100 the others' times are
+those of peers_h100.json scaled by cuBLAS's time in this run over its time in that file, so that another clock or
+another card does not count for or against them; on an H200 they have none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import machete_aot as machete
+from machete_aot.bench import CUBLAS, Plan, Row, Timing, require_gpu
+from machete_aot.bench_report import run_and_print
+from machete_aot.peers import PEERS
+from machete_aot.prepack import A_DTYPES
 
-from .timing import Layer, alternate_us, as_lines, floor_us
+FIGURES = Path(__file__).with_name("peers_h100.json")
+FIGURES_GROUP = 128  # of FIGURES
 
-ROUNDS = 9
-PEERS = Path(__file__).with_name("peers_h100.json")
-
-
-def compare(dtype: torch.dtype, group: int) -> list[dict[str, Any]]:
-    """One row a product: ours, cuBLAS, floor, the best peer's time and name."""
-    peers = json.loads(PEERS.read_text())
-    rows = []
-    for shape in peers["shapes"]:
-        n, k = shape["n"], shape["k"]
-        layer = Layer.make(n, k, group, dtype)
-        for index, m in enumerate(peers["tokens"]):
-            ours, cublas = alternate_us([layer.gemm_graph(m, None), layer.cublas_graph(m)], ROUNDS)
-            scale = cublas / shape["us"]["cublas"][index]
-            times = {name: us[index] * scale for name, us in shape["us"].items()}
-            best = min(times, key=lambda name: times[name])
-            row = {
-                "n": n,
-                "k": k,
-                "m": m,
-                "schedule": machete.explain(m, n, k, dtype).chosen,
-                "us": round(ours, 2),
-                "cublas_us": round(cublas, 2),
-                "floor_us": round(floor_us(m, n, k), 2),
-                "best_peer": best,
-                "best_peer_us": round(times[best], 2),
-            }
-            rows.append(row)
-            print(
-                f"{n:6} x {k:6} M={m:5} {ours:9.2f} us  floor {row['floor_us']:8.2f}  cuBLAS {cublas:9.2f}  best peer "
-                f"{times[best]:9.2f} {best:8} x{times[best] / ours:.2f}  {row['schedule']}",
-                flush=True,
-            )
-        del layer
-        torch.cuda.empty_cache()
-    return rows
+Figures = Mapping[tuple[int, int, int], Mapping[str, float]]  # (m, n, k) -> name -> microseconds
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """Geometric means over the shapes for each number of tokens."""
-    lines = [f"{'M':>6} {'speed-up':>9} {'worst':>6} {'time / floor':>13}"]
-    for m in sorted({row["m"] for row in rows}):
-        of_m = [row for row in rows if row["m"] == m]
-        ratios = [row["best_peer_us"] / row["us"] for row in of_m]
-        floors = [row["us"] / row["floor_us"] for row in of_m]
-        lines.append(f"{m:6} {_mean(ratios):9.2f} {min(ratios):6.2f} {_mean(floors):13.2f}")
-    return "\n".join(lines)
+def load_figures(document: Mapping[str, Any]) -> Figures:
+    """What peers_h100.json says, by product."""
+    return {
+        (m, shape["n"], shape["k"]): {name: us[index] for name, us in shape["us"].items()}
+        for shape in document["shapes"]
+        for index, m in enumerate(document["tokens"])
+    }
 
 
-def _mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+def comparable(device_name: str, group: int) -> bool:
+    """Whether the figures may be scaled to a run on such a device."""
+    return re.search(r"\bH100\b", device_name) is not None and group == FIGURES_GROUP
+
+
+def with_scaled(row: Row, figures: Figures) -> Row:
+    """The row with a scaled time for each peer that was not timed. Nothing is scaled where cuBLAS was not timed."""
+    measured = figures.get((row.m, row.n, row.k), {})
+    cublas = row.peers.get(CUBLAS, Timing()).us
+    if cublas is None or CUBLAS not in measured:
+        return row
+    peers = dict(row.peers)
+    for name, us in measured.items():
+        timing = peers.get(name, Timing())
+        if timing.us is None:
+            peers[name] = replace(timing, us=us * cublas / measured[CUBLAS], source="scaled")
+    return replace(row, peers=peers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--types", default="bf16", choices=["bf16", "fp16"])
+    parser.add_argument("--dtype", "--types", default="bf16", choices=list(A_DTYPES))
     parser.add_argument("--group", type=int, default=128)
     options = parser.parse_args()
-    rows = compare(torch.bfloat16 if options.types == "bf16" else torch.float16, options.group)
-    device = torch.cuda.get_device_properties(0)
-    record = {
-        "device": {"name": device.name, "sms": device.multi_processor_count},
-        "torch": torch.__version__,
-        "bundle": machete.fetch_bundle().manifest_sha256,
-        "date": time.strftime("%Y-%m-%d"),
-        "types": options.types,
-        "group": options.group,
-        "rows": rows,
-    }
-    options.out.write_text(as_lines(record))
-    print(summary(rows))
+    require_gpu()
+    document = json.loads(FIGURES.read_text())
+    shapes = tuple((shape["n"], shape["k"]) for shape in document["shapes"])
+    plan = Plan(shapes, tuple(document["tokens"]), A_DTYPES[options.dtype], options.group)
+    figures = load_figures(document)
+    scales = comparable(torch.cuda.get_device_name(), options.group)
+    adjust = partial(with_scaled, figures=figures) if scales else None
+    run_and_print(
+        plan, tuple(PEERS), shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]), options.out, adjust
+    )
+    if scales:
+        print(f"~: scaled from {FIGURES.name} (bf16, group {FIGURES_GROUP}) by cuBLAS's time")
+    else:
+        print(f"{FIGURES.name} is of an H100 and group {FIGURES_GROUP}: not scaled to this run")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import machete_aot as machete
-
-from .timing import Layer, alternate_us, as_lines
+from machete_aot import driver
+from machete_aot.bench_report import as_lines
+from machete_aot.timing import Layer, alternate_us
 
 SHAPES = (
     (4096, 4096),
@@ -33,6 +35,14 @@ SHAPES = (
     (2048, 8192),
     (5120, 13824),
     (7168, 2048),
+    (11008, 4096),
+    (22016, 4096),
+    (17408, 5120),
+    (10240, 8192),
+    (37888, 3584),
+    (18432, 7168),
+    (9216, 3584),
+    (4608, 3584),
 )
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 HELD_OUT_SHAPES = ((5120, 5120), (3072, 8192), (18944, 3584))
@@ -41,12 +51,14 @@ ROUNDS = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def sweep(types: str, shapes: list[tuple[int, int]], tokens: list[int], group: int) -> list[dict[str, Any]]:
-    """One row a product: {"types", "m", "n", "k", "group", "cublas_us", "us": {schedule: microseconds}}."""
+def sweep(
+    types: str, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], group: int
+) -> Iterator[list[dict[str, Any]]]:
+    """For each shape, one row a product: {"types", "m", "n", "k", "group", "cublas_us", "us": {schedule: us}}."""
     manifest = machete.fetch_bundle().manifest
     tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels}
-    rows = []
     for n, k in shapes:
+        rows = []
         layer = Layer.make(n, k, group, DTYPES[types])
         for m in tokens:
             names = [s.name for s in manifest.schedules if tiles[s.tile].suits(m)]
@@ -60,7 +72,12 @@ def sweep(types: str, shapes: list[tuple[int, int]], tokens: list[int], group: i
             print(f"{types} {n} x {k}  M={m}: {times[best]:.2f} us {best}, cuBLAS {cublas:.2f}", flush=True)
         del layer
         torch.cuda.empty_cache()
-    return rows
+        yield rows
+
+
+def _span(text: str) -> slice:
+    first, _, last = text.rpartition(":")
+    return slice(int(first or 0), int(last) if last else None)
 
 
 def main() -> None:
@@ -68,21 +85,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["bf16", "fp16"], choices=sorted(DTYPES))
     parser.add_argument("--held-out", action="store_true", help="the products that the fit never sees")
-    parser.add_argument("--shapes", type=int, help="only the first so many shapes")
+    parser.add_argument(
+        "--shapes", type=_span, default=slice(None), help="only the first N shapes, or those from A to B: A:B"
+    )
     options = parser.parse_args()
-    shapes = list(HELD_OUT_SHAPES if options.held_out else SHAPES)[: options.shapes]
-    tokens = list(HELD_OUT_TOKENS if options.held_out else TOKENS)
-    rows = [row for types in options.types for row in sweep(types, shapes, tokens, 128)]
-    device = torch.cuda.get_device_properties(0)
-    bundle = machete.fetch_bundle()
-    record = {
-        "device": {"name": device.name, "sms": device.multi_processor_count},
+    shapes = (HELD_OUT_SHAPES if options.held_out else SHAPES)[options.shapes]
+    tokens = HELD_OUT_TOKENS if options.held_out else TOKENS
+    record: dict[str, Any] = {
+        "device": driver.device(0).part._asdict(),
         "torch": torch.__version__,
-        "bundle": bundle.manifest_sha256,
+        "bundle": machete.fetch_bundle().manifest_sha256,
         "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
+        "rows": [],
     }
-    options.out.write_text(as_lines(record))
+    for types in options.types:
+        for rows in sweep(types, shapes, tokens, 128):
+            record["rows"] += rows
+            options.out.write_text(as_lines(record))  # after every shape, so that an interrupted run is not lost
 
 
 if __name__ == "__main__":

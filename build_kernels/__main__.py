@@ -143,7 +143,7 @@ def _racecheck(options: argparse.Namespace) -> None:
     """See csrc/kernels/ring.cuh, ARRIVALS, and docs/sanitizer.md."""
     kernels = specializations()
     compile_kernels(kernels, RACECHECK, jobs=options.jobs, defines=("MACHETE_RACECHECK",))
-    reports = check_kernels(kernels, RACECHECK, jobs=options.jobs)
+    reports = check_kernels(kernels, RACECHECK, jobs=options.jobs, lenient=True)
     path = release(reports, RACECHECK, allow_unfitted=True, data=RACECHECK, manifests=RACECHECK)
     print(f"wrote {path}")
 

@@ -61,5 +61,5 @@ class ImplConfig:
 
     @property
     def specializations(self) -> tuple[Specialization, ...]:
-        splits = {tile: tuple(s.split for s in self.schedules if s.tile == tile) for tile in self.tiles}
+        splits = {t: tuple(dict.fromkeys(s.split for s in self.schedules if s.tile == t)) for t in self.tiles}
         return tuple(Specialization(types, tile, splits[tile]) for types in self.types for tile in self.tiles)

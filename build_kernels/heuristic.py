@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from machete_aot.config import ScheduleConfig, TypeConfig
 from machete_aot.decode import decode, parse_json
-from machete_aot.manifest import Heuristic
+from machete_aot.manifest import Heuristic, HeuristicTable
 from machete_aot.manifest_rules import MAX_MANIFEST_BYTES
 from machete_aot.selection import COEFFICIENTS
 
 from .errors import BuildError
 from .paths import HEURISTIC
 
-_UNFITTED = Heuristic(version=1, source="none", device={}, coefficients={})
+_UNFITTED = Heuristic(version=2, tables=())
 
 
 def read_heuristic(path: Path = HEURISTIC) -> Heuristic:
@@ -34,29 +35,45 @@ def read_heuristic(path: Path = HEURISTIC) -> Heuristic:
 
 def _model_problems(heuristic: Heuristic) -> Iterator[str]:
     """What the model in machete_aot/selection.py could not predict from."""
-    if not heuristic.device.get("bandwidth_bytes_per_us"):
-        yield "heuristic.device.bandwidth_bytes_per_us: missing"
-    for types, schedules in heuristic.coefficients.items():
-        for schedule, coefficients in schedules.items():
-            if coefficients.keys() != set(COEFFICIENTS):
-                yield f"{types} {schedule}: coefficients {sorted(coefficients)}, wanted {sorted(COEFFICIENTS)}"
+    for table in heuristic.tables:
+        for types, schedules in table.coefficients.items():
+            for schedule, coefficients in schedules.items():
+                if coefficients.keys() != set(COEFFICIENTS):
+                    yield (
+                        f"{table.device} {types} {schedule}: coefficients {sorted(coefficients)}, wanted "
+                        f"{sorted(COEFFICIENTS)}"
+                    )
 
 
 def fitted_to(
     heuristic: Heuristic, served: Sequence[tuple[TypeConfig, ScheduleConfig]], *, allow_unfitted: bool = False
 ) -> Heuristic:
     """The part of the data that concerns these types and schedules. Raises BuildError if some have no coefficients."""
-    coefficients: dict[str, dict[str, dict[str, float]]] = {}
-    missing = []
-    for types, schedule in served:
-        found = heuristic.coefficients.get(types.name, {}).get(schedule.name)
-        if found:
-            coefficients.setdefault(types.name, {})[schedule.name] = dict(found)
-        else:
-            missing.append(f"{types.name} {schedule.name}")
+    missing: list[str] = [] if heuristic.tables else ["any: there is no table"]
+    tables = tuple(_fitted_to(table, served, missing) for table in heuristic.tables)
     if missing and not allow_unfitted:
         raise BuildError(
             "schedules without coefficients in build_kernels/heuristic.json; fit them, or build with --allow-unfitted",
             missing,
         )
-    return Heuristic(heuristic.version, heuristic.source, dict(heuristic.device), coefficients)
+    return Heuristic(heuristic.version, tables)
+
+
+def _fitted_to(
+    table: HeuristicTable, served: Sequence[tuple[TypeConfig, ScheduleConfig]], missing: list[str]
+) -> HeuristicTable:
+    coefficients: dict[str, dict[str, dict[str, float]]] = {}
+    for types, schedule in served:
+        found = table.coefficients.get(types.name, {}).get(schedule.name)
+        if found:
+            coefficients.setdefault(types.name, {})[schedule.name] = dict(found)
+        else:
+            missing.append(f"{table.device} {types.name} {schedule.name}")
+    measured = {
+        types: dataclasses.replace(
+            found, deviations={s: text for s, text in found.deviations.items() if s in coefficients[types]}
+        )
+        for types, found in table.measured.items()
+        if types in coefficients
+    }
+    return dataclasses.replace(table, coefficients=coefficients, measured=measured)

@@ -85,7 +85,9 @@ def write_bundle(products: Sequence[Product], release: Release) -> tuple[bytes, 
             spans[0].offset, spans[0].length, spans[0].sha256, raw_size=len(raw), raw_sha256=_sha256(raw)
         ),
         kernels=tuple(_kernel(p, span) for p, span in zip(products, spans[1:], strict=True)),
-        schedules=tuple(ScheduleInfo(s.name, s.tile.name, s.split, s.shared_memory) for s in release.schedules),
+        schedules=tuple(
+            ScheduleInfo(s.name, s.tile.name, s.split, s.even_ctas, s.shared_memory) for s in release.schedules
+        ),
         heuristic=release.heuristic,
     )
     text = dump_manifest(manifest)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import cli_bundles
+from . import cli_bench, cli_bundles
 from .cli_output import (
     EXIT_CODES,
     OTHER,
@@ -91,12 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--a", choices=("bf16", "fp16"), default="bf16", help="activations (default: %(default)s)")
     explain.add_argument("--b", choices=tuple(SCALAR_TYPES), default="u4b8", help="weights (default: %(default)s)")
     explain.add_argument("--sms", type=_positive, help="multiprocessors (default: this GPU's, or 132 as on an H100)")
+    explain.add_argument(
+        "--batch-invariant", action="store_true", help="as with gemm(..., batch_invariant=True), and what that costs"
+    )
     add_bundle_options(explain)
     add_json_option(explain)
     qualify = add("qualify", _qualify, "run every kernel on this GPU against the reference and write a record")
     qualify.add_argument("--out", metavar="DIR", default="manifests/qualification", help="default: %(default)s")
     add_bundle_options(qualify)
     add_json_option(qualify)
+    cli_bench.add_command(add)
     cli_bundles.add_commands(add)
     return parser
 
@@ -110,7 +114,7 @@ def _positive(text: str) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     from . import demo
-    from .product import H100_SMS
+    from .part import H100
 
     device, reason = demo.usable_gpu()
     if options.json:
@@ -121,7 +125,7 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"{reason}: times are of cold weights, in a CUDA graph")
     else:
         print(f"No kernel runs here: {reason}")
-        print(f"The reference runs on the CPU; the schedules are those of a GPU with {H100_SMS} multiprocessors.")
+        print(f"The reference runs on the CPU; the schedules are those of an {H100.name}.")
     print(demo.header())
     accurate = True
     for result in demo.run_demo():
@@ -176,7 +180,8 @@ def _explain(options: argparse.Namespace) -> int:
     bundle = open_bundle(options)
     use_bundle(bundle)
     dtype, b_type = A_DTYPES[options.a], scalar_type(options.b)
-    explanation = explain(options.m, options.n, options.k, dtype, b_type, sms=options.sms)
+    product = (options.m, options.n, options.k)
+    explanation = explain(*product, dtype, b_type, sms=options.sms, batch_invariant=options.batch_invariant)
     if options.json:
         print_json({**explanation.as_dict(), "bundle": bundle_facts(bundle)})
     else:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What names a kernel: the types it multiplies, its tile, and the schedule that it runs with.
 
-A *tile* and a *type* together make one cubin. A *schedule* is a tile with a split of K; several schedules share a
-cubin, because the split is the cluster size of the launch. The numbers here follow from csrc/kernels; the template
-renders them into every kernel as constants, with static assertions on the derived ones, so that both sides agree or
-the build fails.
+A *tile* and a *type* together make one cubin. A *schedule* is a tile with a division of K; several schedules share a
+cubin, because the division is chosen by the launch. The numbers here follow from csrc/kernels; the template renders
+them into every kernel as constants, with static assertions on the derived ones, so that both sides agree or the build
+fails.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TileConfig:
     64 of K in each of ``stages`` ring stages. ``ctas_per_sm`` bounds the registers (``__launch_bounds__``).
     """
 
-    family: str  # "stream": one tile a CTA, K split over a cluster; "dense": persistent
+    family: str  # "stream": one tile a CTA, K split over a cluster; "flat": persistent, whole tiles or even shares
     row_warpgroups: int
     k_warpgroups: int
     blocks: int
@@ -85,9 +85,8 @@ class TileConfig:
 
     def suits(self, m: int) -> bool:
         """Whether ``m`` tokens are in the tile's range: the one that is measured, and in which the model is trusted."""
-        if self.family == "dense":
-            return m > 32
-        return self.tokens <= max(16, 4 * m) and m <= 4 * self.tokens
+        most = (4 if self.tokens >= 32 else 2) * self.tokens
+        return self.tokens <= max(16, 4 * m) and (m <= most or (self.tokens >= 128 and self.family == "flat"))
 
     def barriers_at(self) -> int:
         """Offset of the mbarriers: after activations, weights and scales of every stage."""
@@ -99,35 +98,49 @@ class TileConfig:
     def shared_memory(self, split: int) -> int:
         """Bytes of dynamic shared memory of a launch with this split of K (16-bit activations, 4-bit weights)."""
         end = ceil_div(self.barriers_at() + (2 * self.stages + 1) * 8, 128) * 128
-        if self.family == "dense":
+        if self.family == "flat":
             return end
         workers = split * self.k_warpgroups
         slabs = self.rows // 16
         return end + self.k_warpgroups * (workers - 1) * (slabs // workers) * 16 * self.tokens * 4
 
+    def workspace(self, ctas: int) -> int:
+        """Bytes of global memory in which ``ctas`` CTAs of even shares hand over partial tiles: flags, then tiles."""
+        return ceil_div(ctas * 8, 1024) * 1024 + ctas * self.rows * self.tokens * 4
+
     def splits(self) -> tuple[int, ...]:
-        """The splits of K that this tile can run with and keep ``ctas_per_sm`` CTAs on an SM.
+        """The splits of K that this tile can run with and keep ``ctas_per_sm`` CTAs on an SM; 0: even shares.
 
         An SM has 228 KiB of shared memory, of which each CTA takes 1 KiB for the system.
         """
-        if self.family == "dense":
-            return (1,)
         room = 228 * 1024 // self.ctas_per_sm - 1024
-        fits = (s for s in (1, 2, 4, 8) if self.rows // 16 >= s * self.k_warpgroups)
+        if self.family == "flat":
+            return (1, 0) if self.shared_memory(1) <= room else ()
+        fits = (s for s in (1, 2, 4, 8) if self.rows // 16 % (s * self.k_warpgroups) == 0)
         return tuple(s for s in fits if self.shared_memory(s) <= room)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """A tile and the number of CTAs (one cluster) that divide K among themselves."""
+    """A tile and how K is divided.
+
+    ``split`` CTAs (one cluster) divide the K of a tile among themselves. 0, in family "flat": ``even_ctas`` CTAs an SM
+    divide all of the product evenly, and a tile's K wherever that falls; ``even_ctas`` is 0 otherwise.
+    """
 
     tile: TileConfig
     split: int
+    even_ctas: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.tile.name}_x{self.split}"
+        return schedule_name(self.tile.name, self.split, self.even_ctas)
 
     @property
     def shared_memory(self) -> int:
         return self.tile.shared_memory(self.split)
+
+
+def schedule_name(tile: str, split: int, even_ctas: int) -> str:
+    """The name of a schedule of the tile of this name."""
+    return f"{tile}_x{split}" if split else f"{tile}_e{even_ctas}"

@@ -17,8 +17,9 @@ from .driver import device as driver_device
 from .errors import DeviceError
 from .fetch import default_bundle
 from .kernel import check_device
+from .part import H100, Part
 from .prepack import prepack_b
-from .product import A_NAMES, H100_SMS, gemm
+from .product import A_NAMES, gemm
 from .record import TOLERANCE
 from .scalar_type import u4b8
 from .selection import select
@@ -115,15 +116,15 @@ def run_demo(layers: tuple[Layer, ...] | None = None, tokens: tuple[int, ...] | 
     """
     device = usable_gpu()[0] or torch.device("cpu")
     on_gpu = device.type == "cuda"
-    sms = driver_device(device.index).sms if on_gpu else H100_SMS
+    part = driver_device(device.index).part if on_gpu else H100
     bundle = default_bundle()
     generator = torch.Generator(device).manual_seed(0)
     for layer in layers or (GPU_LAYERS if on_gpu else CPU_LAYERS):
-        yield from _run_layer(layer, tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS), bundle, sms, generator)
+        yield from _run_layer(layer, tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS), bundle, part, generator)
 
 
 def _run_layer(
-    layer: Layer, tokens: tuple[int, ...], bundle: Bundle, sms: int, generator: torch.Generator
+    layer: Layer, tokens: tuple[int, ...], bundle: Bundle, part: Part, generator: torch.Generator
 ) -> Iterator[Result]:
     device, n, k = generator.device, layer.n, layer.k
     codes, scales = quantise(torch.randn(k, n, generator=generator, device=device) / k**0.5, layer.group, layer.dtype)
@@ -135,7 +136,7 @@ def _run_layer(
         out = gemm(a, packed, u4b8, b_scales=scales, b_group_size=layer.group)
         wanted = a.double() @ dequantised
         error = float((out.double() - wanted).norm() / wanted.norm())
-        schedule = select(bundle.manifest, layer.types.name, m, n, k, sms).name
+        schedule = select(bundle.manifest, layer.types.name, m, n, k, part).name
         seconds = _seconds(a, packed, scales, layer.group) if device.type == "cuda" else None
         moved = sum(t.numel() * t.element_size() for t in (a, packed, scales, out))
         yield Result(layer, m, schedule, error, seconds, moved / seconds if seconds else None)

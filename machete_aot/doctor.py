@@ -18,7 +18,7 @@ from .cache import Cache
 from .config import TypeConfig
 from .errors import DeviceError
 from .manifest import Compat
-from .product import H100_SMS
+from .part import H100
 from .selection import select
 from .version import __version__
 
@@ -183,12 +183,12 @@ def _cache() -> Iterator[Finding]:
 def _sample(bundle: Bundle) -> Iterator[Finding]:
     """What a small product would load, and that it can be read."""
     types, m, n, k = SAMPLE
-    schedule = select(bundle.manifest, types.name, m, n, k, H100_SMS)
+    schedule = select(bundle.manifest, types.name, m, n, k, H100)
     kernel = bundle.manifest.kernel_for(types, schedule.name)
     cubin = bundle.cubin(kernel.id)
     yield Finding(
         "sample product",
         OK,
-        f"{types.name} M={m} N={n} K={k} on {H100_SMS} multiprocessors: schedule {schedule.name}, "
+        f"{types.name} M={m} N={n} K={k} on {H100.sms} multiprocessors: schedule {schedule.name}, "
         f"kernel {kernel.id}, {len(cubin)} bytes",
     )

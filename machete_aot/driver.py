@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from .errors import DeviceError, DriverCallError
+from .part import Part
 
 _bindings: Any = None
 _import_error: Exception | None = None
@@ -55,6 +56,7 @@ class Device:
     capability: tuple[int, int]
     sms: int
     shared_memory: int
+    part: Part
 
     @cached_property
     def context(self) -> Any:
@@ -187,11 +189,14 @@ def _describe(index: int) -> Device:
         return int(call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
 
     name = call("cuDeviceGetName", 256, handle).split(b"\0")[0].decode("utf-8", "replace")
+    sms = ask("MULTIPROCESSOR_COUNT")
+    transfers = 2e-3 * ask("MEMORY_CLOCK_RATE")  # a microsecond: double data rate, from kHz
     return Device(
         index=index,
         handle=handle,
         name=name,
         capability=(ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")),
-        sms=ask("MULTIPROCESSOR_COUNT"),
+        sms=sms,
         shared_memory=ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        part=Part(name, sms, ask("CLOCK_RATE") / 1e3, transfers * ask("GLOBAL_MEMORY_BUS_WIDTH") / 8),
     )

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import abi, driver, tensor_map
+from . import abi, driver, invariance, tensor_map
 from .bundle import Bundle
-from .config import UNIT_K, TileConfig, TypeConfig, ceil_div
+from .config import UNIT_K, ScheduleConfig, TileConfig, TypeConfig, ceil_div
 from .errors import ArgumentError
 from .kernel import LoadedKernel, load_kernel
 from .manifest import KernelInfo, ScheduleInfo
+from .part import Part
 from .selection import select
 from .tensor_map import TensorMapArgs
 
 MAX_INT32 = 2**31 - 1
 MAX_K = 2**27  # the kernels divide unit numbers in fp32, which is exact below 2^21 units
 MAX_GRID_Y = 65535
+
+_tokens = itertools.count(secrets.randbits(64))  # so that chance does not find one in memory that was never cleared
 
 
 class Shape(NamedTuple):
@@ -59,27 +65,30 @@ class LaunchPlan:
     block: tuple[int, int, int]
     cluster: tuple[int, int, int]
     shared_memory: int
+    workspace: int  # bytes of global memory
     acts: TensorMapArgs
     params: dict[str, int]
     pairs: bool
 
 
-def make_plan(kernel: KernelInfo, split: int, shape: Shape, sms: int) -> LaunchPlan:
-    """The launch of a product by this kernel with this split of K on a device of ``sms`` SMs.
+def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape: Shape, sms: int) -> LaunchPlan:
+    """The launch of a product by this kernel with this schedule of its tile on a device of ``sms`` SMs.
 
     Raises ArgumentError past a limit of the kernels or of the driver.
     """
     _check_limits(shape)
     m, n, k = shape.m, shape.n, shape.k
     tile = kernel.tile
-    split = tile.effective_split(split, k)
+    split = tile.effective_split(schedule.split, k)
+    shares = even_shares(tile, m, n, k, schedule.even_ctas * sms)
     acts = tensor_map.activations(m, k, shape.row_stride, tile.tokens, tile.step_units)
     return LaunchPlan(
         kernel_id=kernel.id,
-        grid=_grid(tile, split, m, n, sms),
+        grid=(shares.ctas, 1, 1) if shares.ctas else _grid(tile, split, m, n, sms),
         block=(kernel.threads, 1, 1),
-        cluster=(split, 1, 1),
+        cluster=(max(split, 1), 1, 1),
         shared_memory=tile.shared_memory(split),
+        workspace=tile.workspace(shares.ctas) if shares.tiles else 0,
         acts=acts,
         params={
             "m": m,
@@ -89,6 +98,12 @@ def make_plan(kernel: KernelInfo, split: int, shape: Shape, sms: int) -> LaunchP
             "out_stride": shape.out_stride,
             "group_units": ceil_div(k, UNIT_K) if shape.group >= k else shape.group // UNIT_K,
             "flags": abi.FLAG_ACTS_2D if len(acts.dims) == 2 else 0,
+            "row_tiles": ceil_div(n, tile.rows),
+            "token_tiles": ceil_div(m, tile.tokens),
+            "steps": tile.steps(k),
+            "even_tiles": shares.tiles,
+            "share_steps": shares.steps,
+            "longer_shares": shares.longer,
         },
         pairs=n % 8 == 0 and shape.out_stride % 2 == 0,
     )
@@ -103,48 +118,64 @@ def multiply(
     device_index: int,
     stream: int,
     overlap: bool,
+    allocate: Callable[[int], int],
+    batch_invariant: bool = False,
 ) -> None:
     """Launches a product: chooses a schedule (None) or takes the named one, loads its kernel where needed.
 
-    The device's context must be current.
+    ``allocate(bytes)``: the address, on 16 bytes, of memory that is the launch's own while it runs on the stream.
+    ``batch_invariant``: only a schedule with the layer's reduction order. The device's context must be current.
     Raises ArgumentError, what ``load_kernel`` raises, and DriverCallError.
     """
-    plan = _plan(bundle, types, shape, schedule, device_index)
+    plan = _plan(bundle, types, shape, schedule, device_index, batch_invariant)
     kernel = load_kernel(bundle, plan.kernel_id, device_index, stream)
-    launch(plan, kernel, operands, stream, overlap)
+    launch(plan, kernel, operands, allocate(plan.workspace) if plan.workspace else 0, stream, overlap)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(bundle: Bundle, types: TypeConfig, shape: Shape, schedule: str | None, device_index: int) -> LaunchPlan:
-    sms = driver.device(device_index).sms
-    chosen = choose(bundle, types, (shape.m, shape.n, shape.k), schedule, sms)
-    return make_plan(bundle.manifest.kernel_for(types, chosen.name), chosen.split, shape, sms)
+def _plan(
+    bundle: Bundle, types: TypeConfig, shape: Shape, schedule: str | None, device_index: int, batch_invariant: bool
+) -> LaunchPlan:
+    part = driver.device(device_index).part
+    chosen = choose(bundle, types, (shape.m, shape.n, shape.k), schedule, part, batch_invariant)
+    return make_plan(bundle.manifest.kernel_for(types, chosen.name), chosen, shape, part.sms)
 
 
 def choose(
-    bundle: Bundle, types: TypeConfig, product: tuple[int, int, int], schedule: str | None, sms: int
+    bundle: Bundle,
+    types: TypeConfig,
+    product: tuple[int, int, int],
+    schedule: str | None,
+    part: Part,
+    batch_invariant: bool = False,
 ) -> ScheduleInfo:
     """The schedule of an (M, N, K) product: the named one, or the one that is predicted to be the fastest.
 
-    Raises ArgumentError for a name that these types have no kernel for.
+    ``batch_invariant``: of those with the layer's reduction order.
+    Raises ArgumentError for a name that these types have no kernel for, or whose order is another.
     """
     manifest = bundle.manifest
     if schedule is None:
-        return select(manifest, types.name, *product, sms)
+        fastest = invariance.select if batch_invariant else select
+        return fastest(manifest, types.name, *product, part)
     known = manifest.schedules_for(types)
     for candidate in known:
         if candidate.name == schedule:
+            if batch_invariant:
+                invariance.check_schedule(manifest, types, candidate, *product[1:], part)
             return candidate
     names = ", ".join(s.name for s in known)
     raise ArgumentError(f"no schedule {schedule!r} for {types.name} in {bundle!r}; it has: {names}")
 
 
-def launch(plan: LaunchPlan, kernel: LoadedKernel, operands: Operands, stream: int, overlap: bool) -> None:
+def launch(
+    plan: LaunchPlan, kernel: LoadedKernel, operands: Operands, workspace: int, stream: int, overlap: bool
+) -> None:
     """Launches on a stream (a CUstream's address) of the kernel's device, whose context must be current.
 
     ``overlap``: the kernel may start, and read weights and scales, before earlier kernels of the stream have ended.
     """
-    block = ctypes.create_string_buffer(parameter_bytes(plan, operands), abi.SIZE)
+    block = ctypes.create_string_buffer(parameter_bytes(plan, operands, workspace, next(_tokens) % 2**64), abi.SIZE)
     config = driver.api().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid
     config.blockDimX, config.blockDimY, config.blockDimZ = plan.block
@@ -159,8 +190,8 @@ def launch(plan: LaunchPlan, kernel: LoadedKernel, operands: Operands, stream: i
     driver.call("cuLaunchKernelEx", config, kernel.handle, ctypes.addressof(pointers), 0)
 
 
-def parameter_bytes(plan: LaunchPlan, operands: Operands) -> bytes:
-    """GemmParams of this plan on these addresses."""
+def parameter_bytes(plan: LaunchPlan, operands: Operands, workspace: int, token: int) -> bytes:
+    """GemmParams of this plan on these addresses. ``token``: a number that no other launch has."""
     flags = plan.params["flags"]
     if plan.pairs and operands.out % 4 == 0:
         flags |= abi.FLAG_STORE_PAIRS
@@ -169,6 +200,8 @@ def parameter_bytes(plan: LaunchPlan, operands: Operands) -> bytes:
         scales=operands.scales,
         bias=operands.bias,
         out=operands.out,
+        workspace=workspace,
+        token=token,
         **{**plan.params, "flags": flags},
     )
 
@@ -192,16 +225,49 @@ def _attributes(cluster: tuple[int, int, int], overlap: bool) -> list[Any]:
     return found
 
 
+class Shares(NamedTuple):
+    """How family "flat" divides its last ``tiles`` tiles evenly among ``ctas`` CTAs; all 0 where none are divided.
+
+    Laid end to end their steps of K make shares of ``steps``, and one more in the first ``longer`` ones.
+    """
+
+    ctas: int
+    tiles: int
+    steps: int
+    longer: int
+
+
+def even_shares(tile: TileConfig, m: int, n: int, k: int, ctas: int) -> Shares:
+    """The shares of an (m, n, k) product, ``ctas`` 0 if its schedule has none.
+
+    Tiles that fill all CTAs evenly stay whole; the rest and one round more are divided, so that each share is longer
+    than a tile. A tile then lies in two shares at most, the first of which ends with it long after the second began.
+    """
+    tiles, steps = ceil_div(n, tile.rows) * ceil_div(m, tile.tokens), tile.steps(k)
+    if ctas == 0:
+        return Shares(0, 0, 0, 0)
+    if tiles >= ctas:
+        divided = tiles % ctas + ctas if tiles % ctas else 0
+    else:
+        divided, ctas = tiles, min(ctas, tiles * steps)
+    _check_tiles(tile, max(tiles, divided * steps), m, n)
+    return Shares(ctas, divided, divided * steps // ctas, divided * steps % ctas)
+
+
+def _check_tiles(tile: TileConfig, number: int, m: int, n: int) -> None:
+    if number > MAX_INT32:
+        raise ArgumentError(f"M = {m} and N = {n} make too many tiles or steps of {tile.name}; split the product")
+
+
 def _grid(tile: TileConfig, split: int, m: int, n: int, sms: int) -> tuple[int, int, int]:
     row_tiles, token_tiles = ceil_div(n, tile.rows), ceil_div(m, tile.tokens)
-    if tile.family == "dense":
-        if row_tiles * token_tiles > MAX_INT32:
-            raise ArgumentError(f"M = {m} and N = {n} make over {MAX_INT32} tiles of {tile.name}; split the product")
-        return min(row_tiles * token_tiles, sms), 1, 1
+    if tile.family == "flat":
+        _check_tiles(tile, row_tiles * token_tiles, m, n)
+        return min(row_tiles * token_tiles, sms * tile.ctas_per_sm), 1, 1
     if token_tiles > MAX_GRID_Y:
         raise ArgumentError(
             f"M = {m} makes {token_tiles} tiles of {tile.tokens} tokens, and {tile.name} takes at most {MAX_GRID_Y}; "
-            "use a dense schedule, or schedule=None"
+            "use a schedule of family flat, or schedule=None"
         )
     ctas = row_tiles * split
     return (_padded(ctas, split, sms) if token_tiles == 1 else ctas), token_tiles, 1

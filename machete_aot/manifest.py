@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,27 +118,59 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class ScheduleInfo:
-    """One schedule: a tile's name and a split of K. ``shared_memory`` is dynamic, in bytes."""
+    """One schedule: a tile's name and a division of K (see ScheduleConfig). ``shared_memory`` is dynamic, in bytes."""
 
     name: str
     tile: str
     split: int
+    even_ctas: int
     shared_memory: int
 
 
 @dataclass(frozen=True)
+class Measured:
+    """By how much measured times deviate from the model: ``deviations[schedule.name]`` has a character a product.
+
+    ``chr(DEVIATION_ZERO + percent)``, where percent is 100 ln(measured / model), or ``NOT_MEASURED``.
+    """
+
+    products: tuple[tuple[int, int, int], ...]  # (M, N, K)
+    deviations: Mapping[str, str]
+
+    @cached_property
+    def logarithms(self) -> tuple[tuple[float, float, float], ...]:
+        """Base-2 logarithms of the products."""
+        return tuple((math.log2(m), math.log2(n), math.log2(k)) for m, n, k in self.products)
+
+
+@dataclass(frozen=True)
+class HeuristicTable:
+    """The cost model's data for one GPU: ``coefficients[types.name][schedule.name][coefficient]``.
+
+    ``clock_mhz`` and ``peak_bytes_per_us``: the GPU's, as in ``Part``; ``bytes_per_us``: what long products reach.
+    """
+
+    source: str
+    device: str
+    sms: int
+    clock_mhz: float
+    peak_bytes_per_us: float
+    bytes_per_us: float
+    coefficients: Mapping[str, Mapping[str, Mapping[str, float]]]
+    measured: Mapping[str, Measured]  # by types.name
+
+
+@dataclass(frozen=True)
 class Heuristic:
-    """Data of the cost model: ``coefficients[types.name][schedule.name][coefficient]``."""
+    """Data of the cost model, a table for each GPU that was measured."""
 
     version: int
-    source: str
-    device: Mapping[str, str | int | float]
-    coefficients: Mapping[str, Mapping[str, Mapping[str, float]]]
+    tables: tuple[HeuristicTable, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A valid manifest of schema 1. Only ``parse_manifest`` and the bundle's writer make one."""
+    """A valid manifest of schema 2. Only ``parse_manifest`` and the bundle's writer make one."""
 
     schema: int
     bundle: BundleInfo

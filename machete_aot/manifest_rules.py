@@ -6,15 +6,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from .config import TileConfig, TypeConfig
+from .config import TileConfig, TypeConfig, schedule_name
 
 if TYPE_CHECKING:
-    from .manifest import KernelInfo, Manifest, ScheduleInfo
+    from .manifest import KernelInfo, Manifest, Measured, ScheduleInfo
 
-SCHEMA = 1
+SCHEMA = 2
 SYMBOL_PREFIX = "machete_"
 
 MAX_MANIFEST_BYTES = 16 << 20
@@ -25,10 +25,15 @@ MAX_SHARED_MEMORY = 227 * 1024  # what one CTA may have on compute capability 9.
 MAX_REGISTERS = 255
 MAX_THREADS = 1024
 MAX_SPLIT = 16  # CTAs of the largest cluster
+MAX_EVEN_CTAS = 32  # CTAs that an SM can hold
+
+DEVIATION_ZERO = 79  # the character of no deviation, in the middle of the printable ones
+MOST_DEVIATION = 44  # percent; keeps clear of the quotation mark
+NOT_MEASURED = "!"
 
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,126}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-_FAMILIES = ("stream", "dense")
+_FAMILIES = ("stream", "flat")
 _TILE_LIMITS = {
     "row_warpgroups": 8,
     "k_warpgroups": 8,
@@ -48,7 +53,7 @@ def violations(m: Manifest) -> Iterator[str]:
     layouts = {layout.name for layout in m.layouts}
     for kernel in m.kernels:
         yield from (f"kernel {kernel.id[:200]!r}: {p}" for p in _kernel_violations(kernel, layouts))
-    tiles = {k.tile.name for k in m.kernels}
+    tiles = {k.tile.name: k.tile for k in m.kernels}
     for schedule in m.schedules:
         yield from (f"schedule {schedule.name[:200]!r}: {p}" for p in _schedule_violations(schedule, tiles))
     yield from _repeated("kernel id", (k.id for k in m.kernels))
@@ -115,26 +120,48 @@ def _tile_violations(tile: TileConfig) -> Iterator[str]:
         yield f"tile.tokens: {tile.tokens} is not a multiple of 8"
 
 
-def _schedule_violations(s: ScheduleInfo, tiles: set[str]) -> Iterator[str]:
+def _schedule_violations(s: ScheduleInfo, tiles: Mapping[str, TileConfig]) -> Iterator[str]:
     if s.tile not in tiles:
         yield f"no kernel has its tile {s.tile[:200]!r}"
-    if s.name != f"{s.tile}_x{s.split}":
-        yield f"name should be {f'{s.tile}_x{s.split}'[:200]!r}, from its tile and split"
-    if not 1 <= s.split <= MAX_SPLIT:
-        yield f"split {s.split} is not within 1..{MAX_SPLIT}"
+    wanted = schedule_name(s.tile, s.split, s.even_ctas)
+    if s.name != wanted:
+        yield f"name should be {wanted[:200]!r}, from its tile, split and even_ctas"
+    split, even = s.split, s.even_ctas
+    if not ((1 <= split <= MAX_SPLIT and even == 0) or (split == 0 and 1 <= even <= MAX_EVEN_CTAS)):
+        yield f"split {split} with even_ctas {even}: wanted 1..{MAX_SPLIT} with 0, or 0 with 1..{MAX_EVEN_CTAS}"
+    family = tiles[s.tile].family if s.tile in tiles else None
+    if (family == "stream" and split == 0) or (family == "flat" and split > 1):
+        yield f"split {split}, which family {family} does not have"
     if not 0 <= s.shared_memory <= MAX_SHARED_MEMORY:
         yield f"shared_memory {s.shared_memory} is not within 0..{MAX_SHARED_MEMORY}"
 
 
 def _heuristic_violations(m: Manifest) -> Iterator[str]:
     types = {t.name: t for t in m.types}
-    for name, schedules in m.heuristic.coefficients.items():
-        if name not in types:
-            yield f"heuristic: coefficients for types {name[:80]!r}, which no kernel has"
-            continue
-        known = {s.name for s in m.schedules_for(types[name])}
-        for schedule in sorted(schedules.keys() - known):
-            yield f"heuristic: coefficients for {name} schedule {schedule[:200]!r}, which the bundle lacks"
+    yield from _repeated("heuristic device", (table.device for table in m.heuristic.tables))
+    for table in m.heuristic.tables:
+        where = f"heuristic of {table.device[:80]!r}"
+        if min(table.sms, table.clock_mhz, table.peak_bytes_per_us, table.bytes_per_us) <= 0:
+            yield f"{where}: sms, clock_mhz, peak_bytes_per_us and bytes_per_us must be positive"
+        for name, schedules in table.coefficients.items():
+            if name not in types:
+                yield f"{where}: coefficients for types {name[:80]!r}, which no kernel has"
+                continue
+            known = {s.name for s in m.schedules_for(types[name])}
+            for schedule in sorted(schedules.keys() - known):
+                yield f"{where}: coefficients for {name} schedule {schedule[:200]!r}, which the bundle lacks"
+        for name, measured in table.measured.items():
+            yield from (f"{where}: measured {name[:80]!r}: {p}" for p in _measured_violations(measured))
+
+
+def _measured_violations(measured: Measured) -> Iterator[str]:
+    if any(min(product) < 1 for product in measured.products):
+        yield "a product with a size below 1"
+    for schedule, text in measured.deviations.items():
+        if len(text) != len(measured.products):
+            yield f"{schedule[:200]!r} has {len(text)} deviations for {len(measured.products)} products"
+        elif any(c != NOT_MEASURED and abs(ord(c) - DEVIATION_ZERO) > MOST_DEVIATION for c in text):
+            yield f"{schedule[:200]!r} has a deviation of over {MOST_DEVIATION} percent"
 
 
 def _span_violations(offset: int, length: int, digest: str) -> Iterator[str]:

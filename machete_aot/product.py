@@ -8,19 +8,19 @@ from collections.abc import Iterable
 
 import torch
 
-from . import driver, overlap, reference, selection
+from . import driver, invariance, overlap, reference, selection
 from .bundle import Bundle
 from .config import UNIT_K, TypeConfig
 from .errors import ArgumentError, UnsupportedError
 from .fetch import default_bundle
 from .kernel import load_kernel
 from .launch import Operands, Shape, choose, multiply
+from .part import H100
 from .prepack import A_DTYPES
 from .scalar_type import ScalarType, u4b8
 from .validate import Problem, check_gemm
 
 ROW_ALIGNMENT = 8  # elements: 16 bytes, what tensor maps and bulk copies need
-H100_SMS = selection.H100_SMS
 
 A_NAMES = {dtype: name for name, dtype in A_DTYPES.items()}
 
@@ -37,6 +37,7 @@ def gemm(
     schedule: str | None = None,
     *,
     overlap: bool | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """``a @ (w_q.to(s.dtype) * s - b_zeros) + bias``: fp32 sums, rounded once to a's dtype, bitwise repeatable.
 
@@ -45,6 +46,9 @@ def gemm(
     None: one group. On a GPU it is a multiple of 64, or one group, and b_zeros is None.
     ``schedule``: one of ``supported_schedules``; None chooses. ``overlap``: False keeps this launch from reading
     weights and scales before earlier kernels have ended; None does what ``set_overlap`` says.
+    ``batch_invariant``: a row of the result has the same bits whatever M is and wherever the row stands, on GPUs of one
+    type (name, SMs and clocks) and with one bundle. It may be slower: see ``explain``. ``schedule`` must then name one
+    that adds up K in the layer's order.
 
     Tensors on the CPU run the reference on the same prepacked bytes. On a GPU the launch is asynchronous, on torch's
     current stream of a's device. Activations or scales whose rows are not 16-byte aligned are copied first.
@@ -53,7 +57,7 @@ def gemm(
     """
     problem = check_gemm(a, b, b_type, b_scales, b_zeros, b_group_size, bias, out)
     if a.device.type != "cuda":
-        return reference.gemm(a, b, b_type, b_scales, b_zeros, b_group_size, bias, out)
+        return reference.gemm(a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, batch_invariant=batch_invariant)
     bundle = default_bundle()
     types = _types(a.dtype, b_type)
     _check_supported(bundle, types, problem.group, problem.groups, b_zeros is not None)
@@ -62,7 +66,8 @@ def gemm(
         result = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=a.device)
     if problem.m:
         index = a.get_device()
-        run_kernel(bundle, types, problem, b, result, schedule, overlap, index, _current_stream(index))
+        stream = _current_stream(index)
+        run_kernel(bundle, types, problem, b, result, schedule, overlap, index, stream, batch_invariant)
     if out is not None:
         return out
     return result if a.dim() == 2 else result.view(*problem.batch_shape, problem.n)
@@ -84,22 +89,25 @@ def warmup(
     shapes: Iterable[tuple[int, int, int]] | None = None,
     device: torch.device | str | int | None = None,
     schedules: Iterable[str] | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> list[str]:
     """Loads kernels, so that later calls need not: before a CUDA graph capture, or to keep a first call fast.
 
     ``shapes``: (M, N, K) of products to come; ``schedules``: names. Loads the kernels that these need, or, without
-    either, all of the types. ``device``: None is torch's current one. Returns the kernels' ids.
+    either, all of the types. ``device``: None is torch's current one. ``batch_invariant``: the shapes will be
+    multiplied with batch_invariant=True. Returns the kernels' ids.
     Raises ArgumentError, UnsupportedError, DeviceError, CaptureError and BundleError.
     """
     bundle, types = default_bundle(), _types(a_dtype, b_type)
     _check_supported(bundle, types, UNIT_K, 1, False)
     index = _device_index(device)
-    sms = driver.device(index).sms
+    part = driver.device(index).part
     if shapes is None and schedules is None:
         chosen = list(bundle.manifest.schedules_for(types))
     else:
-        chosen = [choose(bundle, types, shape, None, sms) for shape in shapes or ()]
-        chosen += [choose(bundle, types, (1, 1, 1), name, sms) for name in schedules or ()]
+        chosen = [choose(bundle, types, shape, None, part, batch_invariant) for shape in shapes or ()]
+        chosen += [choose(bundle, types, (1, 1, 1), name, part) for name in schedules or ()]
     kernels = list(dict.fromkeys(bundle.manifest.kernel_for(types, s.name).id for s in chosen))
     for kernel_id in kernels:
         load_kernel(bundle, kernel_id, index, _current_stream(index))
@@ -114,18 +122,22 @@ def explain(
     b_type: ScalarType = u4b8,
     *,
     sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> selection.Explanation:
     """Which schedule an [M, K] x [K, N] product gets, and why; ``text()`` of the result is a table of all candidates.
 
-    ``sms``: multiprocessors of the device; None asks torch's current device, or takes an H100's where there is none.
+    For torch's current device, or an H100 where there is none; ``sms``: for such a part with as many multiprocessors.
+    ``batch_invariant``: the schedule with batch_invariant=True, in which order it adds up K, and what that costs
+    against the free choice; the result is an ``invariance.InvariantExplanation``.
     Raises ArgumentError, UnsupportedError and BundleError.
     """
     bundle, types = default_bundle(), _types(a_dtype, b_type)
     _check_supported(bundle, types, UNIT_K, 1, False)
-    if sms is None:
-        gpu = torch.cuda.is_available()
-        sms = driver.device(torch.cuda.current_device()).sms if gpu else H100_SMS
-    return selection.explain(bundle.manifest, types.name, m, n, k, sms)
+    part = driver.device(torch.cuda.current_device()).part if torch.cuda.is_available() else H100
+    if sms is not None:
+        part = part._replace(sms=sms)
+    explain_choice = invariance.explain if batch_invariant else selection.explain
+    return explain_choice(bundle.manifest, types.name, m, n, k, part)
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,10 +182,11 @@ def run_kernel(
     overlaps: bool | None,
     index: int,
     stream: int,
+    batch_invariant: bool = False,
 ) -> None:
     """Launches a checked product of at least one row into ``out`` [m, n]. ``stream``: a CUstream of device ``index``.
 
-    ``overlaps``: what the caller of ``gemm`` wished.
+    ``overlaps`` and ``batch_invariant``: what the caller of ``gemm`` wished.
     """
     m, n, k = problem.m, problem.n, problem.k
     if b.data_ptr() % 16:
@@ -184,8 +197,14 @@ def run_kernel(
         acts.data_ptr(), b.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
     )
 
+    held = []  # until the launch: after it the allocator reuses memory in the stream's order only
+
+    def allocate(size: int) -> int:
+        held.append(torch.empty(size, dtype=torch.uint8, device=out.device))
+        return held[-1].data_ptr()
+
     def launch(early: bool) -> None:
-        multiply(bundle, types, shape, schedule, operands, index, stream, early)
+        multiply(bundle, types, shape, schedule, operands, index, stream, early, allocate, batch_invariant)
 
     constants = (b, scales) if bias is None else (b, scales, bias)
     with driver.current(driver.device(index)):  # a new thread has no context yet

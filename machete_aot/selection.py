@@ -3,28 +3,41 @@
 
 The model of a schedule's time for an (M, N, K) product, in microseconds:
 
-    memory  = (weights + scales + activations + output, in bytes) / bandwidth
-    compute = per_sm * cta_us + steps * max(per_sm * step_us, ceil(per_sm / ctas_per_sm) * alone_us)
+    memory  = (weights + scales + activations + output, in bytes) / (bandwidth * memory_rate)
+    compute = busy * cta_us + steps * max(busy * step_us, rounds * alone_us) + givers * give_us
     time    = fixed_us + (memory^4 + compute^4)^(1/4)
 
-``per_sm`` is the number of CTA tiles on the busiest SM and ``steps`` the number of ring stages a tile goes through. A
-step costs the SM ``step_us``, but takes a CTA that is alone on its SM at least ``alone_us``. The fourth-power sum is a
-maximum with a soft corner. Coefficients and bandwidth come from the manifest; docs/performance.md says how they were
-measured.
+``busy`` is the number of CTA tiles on an SM, between their mean (wave = 0: the next kernel fills the last, partial
+wave) and that of the busiest SM (wave = 1), ``rounds`` the same in rounds of all CTAs that an SM holds, and ``steps``
+the ring stages that a tile goes through. A step costs the SM ``step_us``, but takes a CTA that is alone on its SM at
+least ``alone_us``. Even shares have no partial wave; there ``givers`` CTAs share a tile.
+The fourth-power sum is a maximum with a soft corner. Coefficients and bandwidth come from the manifest;
+docs/performance.md says how they were measured.
+
+Then the time is corrected by what the model missed at measured products nearby: the mean of ln(measured / model) over
+the schedule's measured products, weighted by exp(-d^2 / 2) / (d^2 + 0.05), where d^2 is the sum of squares of the
+doublings in M, N and K between the products, and pulled to 0 by a weight of 1. At a measured product that is nearly
+the measured time; far from all of them it is the model.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from .config import TileConfig, ceil_div
+from .config import ScheduleConfig, ceil_div
 from .errors import UnsupportedError
-from .manifest import Manifest, ScheduleInfo
+from .manifest import HeuristicTable, Manifest, Measured, ScheduleInfo
+from .manifest_rules import DEVIATION_ZERO, NOT_MEASURED
+from .part import Part
 
-H100_SMS = 132
-COEFFICIENTS = ("fixed_us", "cta_us", "step_us", "alone_us")
+COEFFICIENTS = ("fixed_us", "cta_us", "step_us", "alone_us", "give_us", "wave", "memory_rate")
+FAR = 9.0  # squared distance past which a measured product says nothing
+CLOCK_BOUND = ("cta_us", "step_us", "alone_us", "give_us")
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,9 @@ class Candidate:
     memory_us: float
     compute_us: float
     fixed_us: float
+    correction: float
     ctas: int
-    per_sm: int
+    per_sm: float
     steps: int
 
 
@@ -66,14 +80,15 @@ class Explanation:
         best = self.candidates[0].time_us
         lines = [
             f"{self.types}  M={self.m} N={self.n} K={self.k} on {self.sms} SMs: {self.chosen}",
-            f"predicted from {self.source}; time = fixed + (memory^4 + compute^4)^(1/4), microseconds",
-            f"{'schedule':44} {'time':>8} {'memory':>8} {'compute':>8} {'fixed':>6}   CTAs per SM  steps",
+            f"predicted from {self.source}; time = correction * (fixed + (memory^4 + compute^4)^(1/4)), microseconds",
+            f"{'schedule':40} {'time':>8} {'memory':>8} {'compute':>8} {'fixed':>6} {'correction':>10}   "
+            "CTAs per SM  steps",
         ]
         for c in self.candidates[:most]:
             verdict = "chosen" if c.schedule == self.chosen else f"{c.time_us / best - 1:+.0%}"
             lines.append(
-                f"{c.schedule:44} {c.time_us:8.1f} {c.memory_us:8.1f} {c.compute_us:8.1f} {c.fixed_us:6.1f} {c.ctas:6} "
-                f"{c.per_sm:6} {c.steps:6}  {verdict}"
+                f"{c.schedule:40} {c.time_us:8.1f} {c.memory_us:8.1f} {c.compute_us:8.1f} {c.fixed_us:6.1f} "
+                f"{c.correction:10.2f} {c.ctas:6} {c.per_sm:6.4g} {c.steps:6}  {verdict}"
             )
         if len(self.candidates) > most:
             lines.append(f"and {len(self.candidates) - most} slower ones")
@@ -85,52 +100,160 @@ def traffic(m: int, n: int, k: int, weight_bits: int = 4, group: int = 128) -> i
     return n * k * weight_bits // 8 + ceil_div(k, group) * n * 2 + 2 * m * (n + k)
 
 
+class Work(NamedTuple):
+    """What a schedule makes of a product on a number of SMs: the model's variables.
+
+    ``busy`` and ``rounds`` come as (mean, most): with the last wave spread over all SMs, and on the busiest one.
+    """
+
+    bytes: int
+    ctas: int
+    steps: int
+    busy: tuple[float, float]
+    rounds: tuple[float, float]
+    givers: float
+
+
+def work_of(schedule: ScheduleConfig, product: tuple[int, int, int], sms: int) -> Work:
+    """The model's variables for a schedule. ``product`` is (M, N, K)."""
+    m, n, k = product
+    tile = schedule.tile
+    tiles = ceil_div(n, tile.rows) * ceil_div(m, tile.tokens)
+    if schedule.even_ctas:
+        ctas = schedule.even_ctas * sms
+        busy, rounds = tiles / sms, tiles / ctas  # below 1 too: a share is then a part of a tile
+        givers = max(1, ctas / max(tiles, 1)) if tiles % ctas else 0
+        return Work(traffic(m, n, k), ctas, tile.steps(k), (busy, busy), (rounds, rounds), givers)
+    split = tile.effective_split(schedule.split, k)
+    ctas = tiles * split
+    usable = sms if split <= 2 else max(1, sms * 10 // 11)  # clusters of 4 and 8 leave SMs of a GPC unused
+    most = ceil_div(ctas, usable)
+    most_rounds = ceil_div(most, tile.ctas_per_sm)
+    busy = max(ctas / usable, min(1, most))
+    rounds = max(ctas / usable / tile.ctas_per_sm, min(1, most_rounds))
+    return Work(traffic(m, n, k), ctas, ceil_div(tile.steps(k), split), (busy, most), (rounds, most_rounds), 0)
+
+
+def times_us(work: Work, coefficients: Mapping[str, float], bandwidth: float) -> tuple[float, float, float]:
+    """(time, memory, compute) of the model above. ``bandwidth`` in bytes per microsecond."""
+    wave = coefficients["wave"]
+    busy, rounds = (mean + wave * (most - mean) for mean, most in (work.busy, work.rounds))
+    memory = work.bytes / (bandwidth * coefficients["memory_rate"])
+    compute = (
+        busy * coefficients["cta_us"]
+        + work.steps * max(busy * coefficients["step_us"], rounds * coefficients["alone_us"])
+        + work.givers * coefficients["give_us"]
+    )
+    return coefficients["fixed_us"] + (memory**4 + compute**4) ** 0.25, memory, compute
+
+
 def predict(
-    name: str,
-    tile: TileConfig,
-    split: int,
+    schedule: ScheduleConfig,
     product: tuple[int, int, int],
     sms: int,
     coefficients: Mapping[str, float],
     bandwidth: float,
+    factor: float = 1.0,
 ) -> Candidate:
     """The model above for one schedule. ``product`` is (M, N, K), ``bandwidth`` in bytes per microsecond."""
-    m, n, k = product
-    split = tile.effective_split(split, k)
-    steps = ceil_div(tile.steps(k), split)
-    ctas = ceil_div(n, tile.rows) * ceil_div(m, tile.tokens) * split
-    usable = sms if split <= 2 else max(1, sms * 10 // 11)  # clusters of 4 and 8 leave SMs of a GPC unused
-    per_sm = ceil_div(ctas, usable)
-    memory = traffic(m, n, k) / bandwidth
-    busy, alone = per_sm * coefficients["step_us"], ceil_div(per_sm, tile.ctas_per_sm) * coefficients["alone_us"]
-    compute = per_sm * coefficients["cta_us"] + steps * max(busy, alone)
+    work = work_of(schedule, product, sms)
+    time, memory, compute = times_us(work, coefficients, bandwidth)
     fixed = coefficients["fixed_us"]
-    time = fixed + (memory**4 + compute**4) ** 0.25
-    return Candidate(name, time, memory, compute, fixed, ctas, per_sm, steps)
+    return Candidate(schedule.name, time * factor, memory, compute, fixed, factor, work.ctas, work.busy[1], work.steps)
 
 
-def explain(manifest: Manifest, types_name: str, m: int, n: int, k: int, sms: int) -> Explanation:
+def table_for(manifest: Manifest, part: Part) -> HeuristicTable:
+    """The manifest's table for a GPU; for one that was not measured, that of the most similar one, scaled to it.
+
+    Similar is what has the nearest ratio of memory bandwidth to SM clocks, which decides what limits a schedule. Times
+    of CTAs and steps are scaled by the SM clocks, memory by the bandwidths; fixed times are not, and the number of SMs
+    enters the model itself. Raises UnsupportedError if the manifest has no table.
+    """
+    tables = manifest.heuristic.tables
+    for table in tables:
+        if (table.device, table.sms) == (part.name, part.sms):
+            return table
+    if not tables:
+        raise UnsupportedError(
+            "the bundle's manifest has no table of schedules' costs; name one of supported_schedules(...) with "
+            "schedule=, or use a bundle that was built with its heuristic"
+        )
+    balance = math.log(part.peak_bytes_per_us / (part.clock_mhz * part.sms))
+    near = min(tables, key=lambda t: abs(math.log(t.peak_bytes_per_us / (t.clock_mhz * t.sms)) - balance))
+    return _scaled(near, part)
+
+
+@functools.lru_cache(maxsize=64)
+def _clock_scaled(coefficients: tuple[tuple[str, float], ...], scale: float) -> dict[str, float]:
+    return {name: value * scale if name in CLOCK_BOUND else value for name, value in coefficients}
+
+
+def _scaled(table: HeuristicTable, part: Part) -> HeuristicTable:
+    clock, memory = table.clock_mhz / part.clock_mhz, part.peak_bytes_per_us / table.peak_bytes_per_us
+    return dataclasses.replace(
+        table,
+        source=f"{table.source}; derived for {part.name} from {table.device}: SM clock x{1 / clock:.2f}, memory "
+        f"bandwidth x{memory:.2f}, {part.sms} SMs",
+        device=part.name,
+        bytes_per_us=table.bytes_per_us * memory,
+        coefficients={
+            types: {name: _clock_scaled(tuple(found.items()), clock) for name, found in schedules.items()}
+            for types, schedules in table.coefficients.items()
+        },
+    )
+
+
+def corrections(measured: Measured, product: tuple[int, int, int]) -> dict[str, float]:
+    """The factor of each measured schedule's time at an (M, N, K) product, as above."""
+    m, n, k = (math.log2(size) for size in product)
+    near = []
+    for index, (log_m, log_n, log_k) in enumerate(measured.logarithms):
+        distance = (log_m - m) ** 2 + (log_n - n) ** 2 + (log_k - k) ** 2
+        if distance < FAR:
+            near.append((index, math.exp(-distance / 2) / (distance + 0.05)))
+    factors = {}
+    for schedule, text in measured.deviations.items():
+        total, weights = 0.0, 1.0
+        for index, weight in near:
+            if text[index] != NOT_MEASURED:
+                total += weight * (ord(text[index]) - DEVIATION_ZERO)
+                weights += weight
+        factors[schedule] = math.exp(total / weights / 100)
+    return factors
+
+
+def explain(manifest: Manifest, types_name: str, m: int, n: int, k: int, part: Part) -> Explanation:
     """The schedules that the bundle holds for these types and that suit ``m`` tokens, with their predicted times.
 
     Raises UnsupportedError if the manifest has no coefficients for these types.
     """
     tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels if kernel.types.name == types_name}
-    coefficients = manifest.heuristic.coefficients.get(types_name, {})
-    bandwidth = float(manifest.heuristic.device.get("bandwidth_bytes_per_us", 0))
+    table = table_for(manifest, part)
+    coefficients = table.coefficients.get(types_name, {})
     fitted = [s for s in manifest.schedules if s.tile in tiles and s.name in coefficients]
-    if not fitted or not bandwidth:
+    if not fitted:
         raise UnsupportedError(
             f"the bundle's manifest has no fitted schedule for {types_name}; name one of supported_schedules(...) with "
             "schedule=, or use a bundle that was built with its heuristic"
         )
     suitable = [s for s in fitted if tiles[s.tile].suits(m)] or fitted
+    measured = table.measured.get(types_name)
+    factors = corrections(measured, (m, n, k)) if measured else {}
     candidates = [
-        predict(s.name, tiles[s.tile], s.split, (m, n, k), sms, coefficients[s.name], bandwidth) for s in suitable
+        predict(
+            ScheduleConfig(tiles[s.tile], s.split, s.even_ctas),
+            (m, n, k),
+            part.sms,
+            coefficients[s.name],
+            table.bytes_per_us,
+            factors.get(s.name, 1.0),
+        )
+        for s in suitable
     ]
     candidates.sort(key=lambda c: c.time_us)
-    return Explanation(types_name, m, n, k, sms, manifest.heuristic.source, tuple(candidates))
+    return Explanation(types_name, m, n, k, part.sms, table.source, tuple(candidates))
 
 
-def select(manifest: Manifest, types_name: str, m: int, n: int, k: int, sms: int) -> ScheduleInfo:
+def select(manifest: Manifest, types_name: str, m: int, n: int, k: int, part: Part) -> ScheduleInfo:
     """The schedule with the shortest predicted time. Raises UnsupportedError like ``explain``."""
-    return manifest.schedule(explain(manifest, types_name, m, n, k, sms).chosen)
+    return manifest.schedule(explain(manifest, types_name, m, n, k, part).chosen)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from .errors import ArgumentError, UnsupportedError
 from .manifest import Manifest
-from .selection import H100_SMS, select
+from .part import H100
+from .selection import select
 
 Only = Sequence[str | tuple[int, int, int]]
 
@@ -16,7 +17,7 @@ def kernel_ids(manifest: Manifest, only: Only) -> list[str]:
     """The ids of the kernels that ``only`` selects, in manifest order.
 
     ``only``: names of types ("bf16_u4b8"), names of schedules, and (M, N, K) shapes, which stand for the schedules that
-    they get on a GPU with ``H100_SMS`` multiprocessors. Types restrict: without any, all types are meant; schedules and
+    they get on an H100. Types restrict: without any, all types are meant; schedules and
     shapes restrict likewise. Raises ArgumentError for what is none of these.
     """
     types = {t.name for t in manifest.types}
@@ -48,6 +49,6 @@ def _is_shape(item: object) -> bool:
 
 def _tile(manifest: Manifest, types: str, m: int, n: int, k: int) -> str | None:
     try:
-        return select(manifest, types, m, n, k, H100_SMS).tile
+        return select(manifest, types, m, n, k, H100).tile
     except UnsupportedError:  # no coefficients for these types: nothing would select a kernel of them
         return None

@@ -15,12 +15,16 @@ from build_kernels.configs import ImplConfig
 from build_kernels.pack import Product, Release, write_bundle
 from machete_aot.archive import write_archive
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
-from machete_aot.manifest import Heuristic, Manifest, Toolchain, dump_manifest
+from machete_aot.manifest import Heuristic, HeuristicTable, Manifest, Toolchain, dump_manifest
+from machete_aot.part import H100
 from machete_aot.selection import COEFFICIENTS
 
 TYPES = (TypeConfig("bf16", "u4b8", "bf16"), TypeConfig("fp16", "u4b8", "fp16"))
-TILES = (TileConfig("stream", 1, 2, 1, 2, 8, 8, 2), TileConfig("dense", 2, 1, 2, 1, 128, 7, 1))
-SCHEDULES = (ScheduleConfig(TILES[0], 1), ScheduleConfig(TILES[0], 2), ScheduleConfig(TILES[1], 1))
+TILES = (TileConfig("stream", 1, 2, 1, 2, 8, 8, 2), TileConfig("flat", 2, 1, 2, 1, 128, 7, 1))
+SCHEDULES = (
+    *(ScheduleConfig(TILES[0], 1), ScheduleConfig(TILES[0], 2)),
+    *(ScheduleConfig(TILES[1], 1), ScheduleConfig(TILES[1], 0, 1)),
+)
 
 
 def cubin_like(seed: int, size: int = 700) -> bytes:
@@ -34,17 +38,22 @@ def products() -> list[Product]:
     return [Product(k, Report(90, 0, 0), cubin_like(i)) for i, k in enumerate(kernels)]
 
 
+def heuristic_table(coefficients: dict[str, dict[str, dict[str, float]]]) -> HeuristicTable:
+    """An H100's table with these coefficients, by types and schedule, and without measured products."""
+    return HeuristicTable("a test", *H100, bytes_per_us=3e6, coefficients=coefficients, measured={})
+
+
 def release(schedules: Sequence[ScheduleConfig] = SCHEDULES) -> Release:
     """What a bundle of TYPES and these schedules says beside its kernels. The coefficients are measured nowhere."""
     made_up = {name: 1.5 for name in COEFFICIENTS}
-    device = {"name": "no device", "sms": 132, "bandwidth_bytes_per_us": 3e6}
+    table = heuristic_table({t.name: {s.name: made_up for s in schedules} for t in TYPES})
     return Release(
         version="0.1.0",
         arch="sm90a",
         toolchain=Toolchain("13.0.88", "13.0.88", "4.2.0", ("-O3",)),
         source_digest=hashlib.sha256(b"sources").hexdigest(),
         schedules=tuple(schedules),
-        heuristic=Heuristic(1, "a test", device, {t.name: {s.name: made_up for s in schedules} for t in TYPES}),
+        heuristic=Heuristic(2, (table,)),
     )
 
 

@@ -53,9 +53,10 @@ def test_it_was_built_from_these_sources(bundle: Bundle) -> None:
 def test_kernels_are_without_spills_and_schedules_with_coefficients(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert {k.spills for k in manifest.kernels} == {0}
-    for types in manifest.types:
-        fitted = manifest.heuristic.coefficients.get(types.name, {})
-        assert set(fitted) == {s.name for s in manifest.schedules_for(types)}
+    assert manifest.heuristic.tables
+    for table in manifest.heuristic.tables:
+        for types in manifest.types:
+            assert set(table.coefficients.get(types.name, {})) == {s.name for s in manifest.schedules_for(types)}
 
 
 def test_a_sample_compiles_to_the_same_digests(bundle: Bundle) -> None:

@@ -42,9 +42,13 @@ def test_promised_names() -> None:
 def test_signatures() -> None:
     parameters = inspect.signature(machete_aot.gemm).parameters
     assert list(parameters) == [
-        "a", "b", "b_type", "b_scales", "b_zeros", "b_group_size", "bias", "out", "schedule", "overlap"
+        "a", "b", "b_type", "b_scales", "b_zeros", "b_group_size", "bias", "out", "schedule", "overlap",
+        "batch_invariant",
     ]  # fmt: skip
     assert parameters["b_group_size"].default == 128
+    for call in (machete_aot.gemm, machete_aot.reference.gemm, machete_aot.warmup, machete_aot.explain):
+        added = inspect.signature(call).parameters["batch_invariant"]
+        assert (added.kind, added.default) == (inspect.Parameter.KEYWORD_ONLY, False)
     assert list(inspect.signature(machete_aot.supported_schedules).parameters) == [
         "a_dtype", "b_type", "b_group_size", "with_zeros"
     ]  # fmt: skip

@@ -14,18 +14,22 @@ from machete_aot.errors import CaptureError, DeviceError, DriverCallError, Incom
 from machete_aot.kernel import load_kernel
 from machete_aot.launch import Operands, Shape, multiply
 from machete_aot.manifest import kernel_id
-from stub.bundles import BF16, DENSE, FP16, NARROW, WIDE, make_bundle, schedule
+from stub.bundles import BF16, FLAT, FP16, NARROW, WIDE, make_bundle, schedule
 from stub.harness import CARVEOUT, MAX_DYNAMIC_SHARED, Stub, in_child, stubbed
 
 BUNDLE = make_bundle()
-NARROW_ID, WIDE_ID, DENSE_ID = (kernel_id(BF16, tile.name) for tile in (NARROW, WIDE, DENSE))
+NARROW_ID, WIDE_ID, FLAT_ID = (kernel_id(BF16, tile.name) for tile in (NARROW, WIDE, FLAT))
 STREAM = 0x5EED0
+
+
+def no_workspace(size: int) -> int:
+    pytest.fail(f"{size} bytes of workspace were asked for, where none is needed")
 
 
 def run(device: int = 0) -> None:
     operands, shape = Operands(1 << 20, 2 << 20, 3 << 20, 0, 4 << 20), Shape(1, 128, 128, 128, 128, 128, 128)
     with driver.current(driver.device(device)):
-        multiply(BUNDLE, BF16, shape, schedule(NARROW), operands, device, STREAM, False)
+        multiply(BUNDLE, BF16, shape, schedule(NARROW), operands, device, STREAM, False, no_workspace)
 
 
 @stubbed
@@ -214,10 +218,10 @@ def test_fork_while_another_thread_loads(stub: Stub) -> None:
 @stubbed
 def test_parameters_that_differ_are_refused(stub: Stub) -> None:
     wrong = [
-        ((0, 128), (128, 56)),
-        ((0, 128), (192, 64)),
+        ((0, 128), (128, abi.SIZE - 8)),
+        ((0, 128), (192, abi.SIZE)),
         ((0, 128),),
-        (*abi.PARAMETERS, (192, 8)),
+        (*abi.PARAMETERS, (128 + abi.SIZE, 8)),
     ]
     for parameters in wrong:
         with pytest.raises(IncompatibleError, match="takes parameters") as caught:

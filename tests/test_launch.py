@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from machete_aot import abi, driver
-from machete_aot.config import TileConfig
-from machete_aot.errors import ArgumentError, DriverCallError
+from machete_aot import abi, driver, launch
+from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
+from machete_aot.errors import ArgumentError, CaptureError, DriverCallError
 from machete_aot.launch import LaunchPlan, Operands, Shape, make_plan, multiply, parameter_bytes
-from stub.bundles import BF16, DENSE, FP16, NARROW, WIDE, make_bundle, schedule
+from machete_aot.manifest import KernelInfo
+from stub.bundles import BF16, FLAT, FP16, NARROW, WIDE, make_bundle, schedule
 from stub.harness import Stub, stubbed
 
 STREAM = 0x5EED0
+WORKSPACE = 0x7F5000000000
 OPERANDS = Operands(acts=0x7F0000000000, weights=0x7F1000000000, scales=0x7F2000000000, bias=0, out=0x7F4000000000)
 BUNDLE = make_bundle()
 
 
-def kernel(tile: TileConfig):
+def kernel(tile: TileConfig) -> KernelInfo:
     return BUNDLE.manifest.kernel_for(BF16, schedule(tile))
 
 
@@ -29,7 +36,11 @@ def shape(m: int, n: int, k: int, group: int = 128, **strides: int) -> Shape:
 
 
 def plan(tile: TileConfig, split: int, m: int, n: int, k: int, group: int = 128, **strides: int) -> LaunchPlan:
-    return make_plan(kernel(tile), split, shape(m, n, k, group, **strides), sms=132)
+    return make_plan(kernel(tile), ScheduleConfig(tile, split), shape(m, n, k, group, **strides), sms=132)
+
+
+def even_plan(m: int, n: int, k: int) -> LaunchPlan:
+    return make_plan(kernel(FLAT), ScheduleConfig(FLAT, 0, 1), shape(m, n, k), sms=132)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +83,7 @@ def test_grid_is_padded_where_that_is_near(n: int, split: int, expected: int) ->
 
 
 def test_padded_grid_is_a_multiple_of_the_cluster() -> None:
-    assert make_plan(kernel(NARROW), 4, shape(1, 128, 4096), sms=114).grid == (116, 1, 1)
+    assert make_plan(kernel(NARROW), ScheduleConfig(NARROW, 4), shape(1, 128, 4096), sms=114).grid == (116, 1, 1)
 
 
 def test_several_token_tiles_are_not_padded() -> None:
@@ -80,9 +91,35 @@ def test_several_token_tiles_are_not_padded() -> None:
     assert plan(WIDE, 1, 4096, 128, 4096).grid == (2, 64, 1)
 
 
-def test_dense_grid_is_at_most_the_sms() -> None:
-    assert plan(DENSE, 1, 4096, 8192, 4096).grid == (132, 1, 1)
-    assert plan(DENSE, 1, 257, 129, 4096).grid == (4, 1, 1)
+def test_grid_of_whole_tiles_is_at_most_what_fits() -> None:
+    assert plan(FLAT, 1, 4096, 8192, 4096).grid == (132, 1, 1)
+    assert plan(FLAT, 1, 257, 129, 4096).grid == (4, 1, 1)
+    two = replace(kernel(FLAT), tile=replace(FLAT, stages=1, ctas_per_sm=2))
+    assert make_plan(two, ScheduleConfig(two.tile, 1), shape(4096, 8192, 4096), sms=132).grid == (264, 1, 1)
+    for found in (plan(FLAT, 1, 4096, 8192, 4096), plan(FLAT, 1, 257, 129, 4096)):
+        assert (found.cluster, found.workspace, found.params["even_tiles"]) == ((1, 1, 1), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "ctas", "tiles", "steps", "longer"),
+    # 1024 tiles of 32 steps for 132 CTAs: seven rounds and 100 tiles, of which six rounds stay whole
+    [
+        (4096, 8192, 4096, 132, 232, 56, 32),
+        (256, 128 * 132, 4096, 132, 0, 0, 0),  # even already
+        (256, 128 * 133, 4096, 132, 133, 32, 32),
+        (256, 128 * 131, 4096, 132, 131, 31, 100),
+        (100, 1024, 4096, 132, 8, 1, 124),
+        (1, 1, 1, 1, 1, 1, 0),
+        (257, 129, 129, 8, 4, 1, 0),  # fewer steps than CTAs
+    ],
+)
+def test_even_shares(m: int, n: int, k: int, ctas: int, tiles: int, steps: int, longer: int) -> None:
+    found = even_plan(m, n, k)
+    assert (found.grid, found.cluster, found.shared_memory) == ((ctas, 1, 1), (1, 1, 1), FLAT.shared_memory(1))
+    p = found.params
+    assert (p["even_tiles"], p["share_steps"], p["longer_shares"]) == (tiles, steps, longer)
+    assert (p["row_tiles"], p["token_tiles"], p["steps"]) == (-(-n // 128), -(-m // 256), -(-k // 128))
+    assert bool(found.workspace) == (tiles > 0)
 
 
 def test_limits_are_typed() -> None:
@@ -91,17 +128,17 @@ def test_limits_are_typed() -> None:
     with pytest.raises(ArgumentError, match="k = 134217728"):
         plan(NARROW, 1, 1, 128, 2**27)
     with pytest.raises(ArgumentError, match="n = 2147483648"):
-        plan(DENSE, 1, 1, 2**31, 128)
+        plan(FLAT, 1, 1, 2**31, 128)
     with pytest.raises(ArgumentError, match="out_stride"):
-        plan(DENSE, 1, 2, 128, 128, out_stride=2**31)
+        plan(FLAT, 1, 2, 128, 128, out_stride=2**31)
     with pytest.raises(ArgumentError, match="strides below"):
-        plan(DENSE, 1, 2, 128, 128, row_stride=2**39)
+        plan(FLAT, 1, 2, 128, 128, row_stride=2**39)
     with pytest.raises(ArgumentError, match="tiles"):
-        plan(DENSE, 1, 2**31 - 1, 2**31 - 8, 128)
+        plan(FLAT, 1, 2**31 - 1, 2**31 - 8, 128)
 
 
 def test_largest_row_stride_is_accepted() -> None:
-    assert plan(DENSE, 1, 2, 128, 128, row_stride=2**39 - 8).acts.strides[0] == 2**40 - 16
+    assert plan(FLAT, 1, 2, 128, 128, row_stride=2**39 - 8).acts.strides[0] == 2**40 - 16
 
 
 @given(
@@ -113,7 +150,7 @@ def test_largest_row_stride_is_accepted() -> None:
     st.integers(1, 200),
 )
 def test_stream_grid_covers_the_product(tile: TileConfig, split: int, m: int, n: int, k: int, sms: int) -> None:
-    found = make_plan(kernel(tile), split, shape(m, n, k), sms)
+    found = make_plan(kernel(tile), ScheduleConfig(tile, split), shape(m, n, k), sms)
     used = found.cluster[0]
     needed = -(-n // tile.rows) * used
     assert used <= split
@@ -143,18 +180,38 @@ def test_group_units(k: int, group: int, units: int) -> None:
     [(128, 128, 0, True), (128, 130, 4, True), (132, 132, 0, False), (128, 129, 0, False), (128, 128, 2, False)],
 )
 def test_pairs_are_stored_where_they_are_aligned(n: int, out_stride: int, out: int, pairs: bool) -> None:
-    data = parameter_bytes(plan(NARROW, 1, 2, n, 128, out_stride=out_stride), OPERANDS._replace(out=4096 + out))
+    operands = OPERANDS._replace(out=4096 + out)
+    data = parameter_bytes(plan(NARROW, 1, 2, n, 128, out_stride=out_stride), operands, 0, 0)
     assert bool(abi.unpack_params(data)["flags"] & abi.FLAG_STORE_PAIRS) is pairs
 
 
-def run(tile: TileConfig, split: int, shape: Shape, operands: Operands = OPERANDS, overlap: bool = False, **kw) -> None:
+def run(
+    tile: TileConfig,
+    split: int,
+    shape: Shape,
+    operands: Operands = OPERANDS,
+    overlap: bool = False,
+    *,
+    types: TypeConfig = BF16,
+    even_ctas: int = 0,
+) -> list[int]:
+    """Launches on the stub driver. Returns the sizes of the workspaces that the launch asked for."""
+    sizes: list[int] = []
+
+    def allocate(size: int) -> int:
+        sizes.append(size)
+        return WORKSPACE
+
+    name = schedule(tile, split, even_ctas)
     with driver.current(driver.device(0)):
-        multiply(BUNDLE, kw.get("types", BF16), shape, schedule(tile, split), operands, 0, STREAM, overlap)
+        multiply(BUNDLE, types, shape, name, operands, 0, STREAM, overlap, allocate)
+    return sizes
 
 
 @stubbed
 def test_aligned_launch(stub: Stub) -> None:
-    run(NARROW, 2, shape(5, 8192, 4096, row_stride=4104, out_stride=8200), OPERANDS._replace(bias=0x7F3000000000))
+    operands = OPERANDS._replace(bias=0x7F3000000000)
+    assert run(NARROW, 2, shape(5, 8192, 4096, row_stride=4104, out_stride=8200), operands) == []
     (launch,) = stub.launches
     assert launch.symbol == f"machete_bf16_u4b8__{NARROW.name}"
     assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (320, 1, 1), (2, 1, 1))
@@ -163,12 +220,15 @@ def test_aligned_launch(stub: Stub) -> None:
     assert launch.tensor_map == (
         1, OPERANDS.acts, (64, 5, 64), (8208, 128), (64, 8, 4), (1, 1, 1), 0, 3, 3, 0
     )  # fmt: skip
-    assert len(launch.parameters) == 192
-    assert abi.unpack_params(launch.parameters[128:]) == {
+    assert len(launch.parameters) == 128 + abi.SIZE == 232
+    found = abi.unpack_params(launch.parameters[128:])
+    assert 0 <= found.pop("token") < 2**64
+    assert found == {
         "weights": OPERANDS.weights,
         "scales": OPERANDS.scales,
         "bias": 0x7F3000000000,
         "out": OPERANDS.out,
+        "workspace": 0,
         "m": 5,
         "n": 8192,
         "k": 4096,
@@ -176,6 +236,12 @@ def test_aligned_launch(stub: Stub) -> None:
         "out_stride": 8200,
         "group_units": 2,
         "flags": abi.FLAG_STORE_PAIRS,
+        "row_tiles": 64,
+        "token_tiles": 1,
+        "steps": 16,
+        "even_tiles": 0,
+        "share_steps": 0,
+        "longer_shares": 0,
     }
 
 
@@ -202,12 +268,78 @@ def test_split_is_clamped_with_its_shared_memory(stub: Stub) -> None:
 
 
 @stubbed
-def test_dense_launch(stub: Stub) -> None:
-    run(DENSE, 1, shape(4096, 8192, 4096), types=FP16)
+def test_launch_of_whole_tiles(stub: Stub) -> None:
+    assert run(FLAT, 1, shape(4096, 8192, 4096), types=FP16) == []  # no workspace
     (launch,) = stub.launches
-    assert launch.symbol == f"machete_fp16_u4b8__{DENSE.name}"
+    assert launch.symbol == f"machete_fp16_u4b8__{FLAT.name}"
     assert (launch.grid, launch.block, launch.attributes) == ((132, 1, 1), (384, 1, 1), 0)
-    assert launch.tensor_map.box == (64, 256, 1)
+    assert launch.tensor_map.box == (64, 256, 2)
+    params = abi.unpack_params(launch.parameters[128:])
+    assert (params["workspace"], params["even_tiles"]) == (0, 0)
+    assert (params["row_tiles"], params["token_tiles"], params["steps"]) == (64, 16, 32)
+
+
+@stubbed
+def test_launch_of_even_shares(stub: Stub) -> None:
+    bytes_of_132 = 2048 + 132 * 128 * 256 * 4  # 1,056 bytes of flags in whole KiB, and a tile of sums for each CTA
+    assert run(FLAT, 0, shape(4096, 8192, 4096), even_ctas=1) == [bytes_of_132]
+    (launch,) = stub.launches
+    assert launch.symbol == f"machete_bf16_u4b8__{FLAT.name}"
+    assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (384, 1, 1), (1, 1, 1))
+    assert (launch.attributes, launch.shared_memory) == (0, FLAT.shared_memory(1))
+    params = abi.unpack_params(launch.parameters[128:])
+    assert params["workspace"] == WORKSPACE
+    assert (params["row_tiles"], params["token_tiles"], params["steps"]) == (64, 16, 32)
+    assert (params["even_tiles"], params["share_steps"], params["longer_shares"]) == (232, 56, 32)
+
+
+@stubbed
+def test_even_shares_ask_for_what_they_use(stub: Stub) -> None:
+    tile = 128 * 256 * 4
+    assert run(FLAT, 0, shape(1, 128, 256), even_ctas=1) == [1024 + 2 * tile]  # two steps, for two CTAs
+    assert run(FLAT, 0, shape(256, 128 * 132, 4096), even_ctas=1) == []  # a tile for each CTA: nothing to hand over
+    assert [x.grid for x in stub.launches] == [(2, 1, 1), (132, 1, 1)]
+    params = [abi.unpack_params(x.parameters[128:]) for x in stub.launches]
+    assert [(p["workspace"], p["even_tiles"]) for p in params] == [(WORKSPACE, 1), (0, 0)]
+
+
+@stubbed
+def test_even_shares_follow_the_device(stub: Stub) -> None:
+    stub.set(sms=114)
+    run(FLAT, 0, shape(4096, 8192, 4096), even_ctas=1)
+    assert stub.launches[0].grid == (114, 1, 1)
+
+
+@stubbed
+def test_every_launch_has_a_token_of_its_own(stub: Stub) -> None:
+    launch._tokens = itertools.count(2**64 - 2)  # the last ones before it starts again
+    for _ in range(4):
+        run(FLAT, 0, shape(100, 1024, 4096), even_ctas=1)
+    tokens = [abi.unpack_params(x.parameters[128:])["token"] for x in stub.launches]
+    assert tokens == [2**64 - 2, 2**64 - 1, 0, 1]
+
+
+def test_tokens_start_anywhere() -> None:
+    """What lies in memory that was never cleared is no token but by chance."""
+    command = [sys.executable, "-c", "from machete_aot import launch; print(next(launch._tokens))"]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) > 2**32
+
+
+@stubbed
+def test_even_shares_overlap_too(stub: Stub) -> None:
+    run(FLAT, 0, shape(100, 1024, 4096), even_ctas=1, overlap=True)
+    assert [(x.programmatic, x.cluster, x.attributes) for x in stub.launches] == [(1, (1, 1, 1), 1)]
+
+
+@stubbed
+def test_nothing_is_allocated_for_a_launch_that_cannot_be(stub: Stub) -> None:
+    def allocate(size: int) -> int:
+        pytest.fail(f"{size} bytes")
+
+    stub.set(capturing=1)
+    with pytest.raises(CaptureError), driver.current(driver.device(0)):
+        multiply(BUNDLE, BF16, shape(1, 128, 256), schedule(FLAT, 0, 1), OPERANDS, 0, STREAM, False, allocate)
+    assert not stub.launches
 
 
 @stubbed
@@ -244,5 +376,5 @@ def test_failed_encoding_and_launch_are_typed(stub: Stub) -> None:
 @stubbed
 def test_unknown_schedule_lists_what_there_is(stub: Stub) -> None:
     with pytest.raises(ArgumentError, match=schedule(NARROW, 4)):
-        multiply(BUNDLE, BF16, shape(1, 128, 128), "nonsense", OPERANDS, 0, STREAM, False)
+        multiply(BUNDLE, BF16, shape(1, 128, 128), "nonsense", OPERANDS, 0, STREAM, False, lambda size: 0)
     assert not stub.launches

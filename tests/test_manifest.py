@@ -46,7 +46,7 @@ def test_every_field_of_the_contract_is_there() -> None:
         *("schema", "bundle", "abi", "layouts", "toolchain", "provenance", "compat"),
         *("dictionary", "kernels", "schedules", "heuristic"),
     }
-    assert DOCUMENT["abi"] == {"version": 1, "parameters": [[0, 128], [128, 64]]}
+    assert DOCUMENT["abi"] == {"version": 2, "parameters": [[0, 128], [128, 104]]}
     assert DOCUMENT["compat"] == {"compute_capability": [9, 0], "min_driver": 13000, "elf_abi": 8}
     kernel = DOCUMENT["kernels"][0]
     assert kernel["symbol"] == "machete_" + kernel["id"]
@@ -54,6 +54,7 @@ def test_every_field_of_the_contract_is_there() -> None:
         *("id", "symbol", "layout", "types", "tile", "threads", "registers", "spills", "static_shared_memory"),
         *("frame", "cubin"),
     }
+    assert [set(s) for s in DOCUMENT["schedules"]] == [{"name", "tile", "split", "even_ctas", "shared_memory"}] * 4
 
 
 def test_lookups() -> None:
@@ -77,8 +78,8 @@ def test_lookups_of_what_is_not_there() -> None:
 
 def test_a_newer_schema_is_told_from_a_damaged_manifest() -> None:
     with pytest.raises(SchemaTooNewError) as caught:
-        parse_manifest(json.dumps({"schema": 2, "unheard": "of"}).encode())
-    assert (caught.value.have, caught.value.want) == (2, 1)
+        parse_manifest(json.dumps({"schema": 3, "unheard": "of"}).encode())
+    assert (caught.value.have, caught.value.want) == (3, 2)
 
 
 def test_all_problems_are_listed_at_once() -> None:
@@ -103,6 +104,20 @@ def nested(part: str, **changes: Any) -> Callable[[Any], None]:
 
 def section(name: str, **changes: Any) -> Callable[[Any], None]:
     return lambda document: document[name].update(changes)
+
+
+def table(**changes: Any) -> Callable[[Any], None]:
+    return lambda document: document["heuristic"]["tables"][0].update(changes)
+
+
+def schedule(index: int, suffix: str, **changes: Any) -> Callable[[Any], None]:
+    """Changes a schedule, and its name to its tile's with another suffix."""
+
+    def change(document: Any) -> None:
+        found = document["schedules"][index]
+        found.update(name=f"{found['tile']}_{suffix}", **changes)
+
+    return change
 
 
 def swap_frames(document: Any) -> None:
@@ -139,15 +154,31 @@ def swap_frames(document: Any) -> None:
         (section("dictionary", offset=0, length=10**6), "overlap"),
         (section("bundle", version="0 1"), "bundle.version"),
         (section("provenance", source_digest=""), "source_digest"),
-        (section("abi", parameters=[[0, 128], [100, 64]]), "abi.parameters"),
+        (section("abi", parameters=[[0, 128], [100, 104]]), "abi.parameters"),
         (section("abi", parameters=[[0, 128, 1]]), "expected 2 values, found 3"),
-        (section("heuristic", coefficients={"int3": {}}), "int3"),
-        (section("heuristic", coefficients={TYPES[0].name: {"x": {}}}), "'x', which the bundle lacks"),
-        (section("heuristic", coefficients={TYPES[0].name: {"x": {"y": "z"}}}), "expected float or int, found str"),
+        (table(coefficients={"int3": {}}), "int3"),
+        (table(coefficients={TYPES[0].name: {"x": {}}}), "'x', which the bundle lacks"),
+        (table(coefficients={TYPES[0].name: {"x": {"y": "z"}}}), "expected float or int, found str"),
+        (table(measured={"t": {"products": [[1, 0, 1]], "deviations": {}}}), "a product with a size below 1"),
+        (table(measured={"t": {"products": [[1, 1, 1]], "deviations": {"s": "OO"}}}), "2 deviations for 1 products"),
+        (table(measured={"t": {"products": [[1, 1, 1]], "deviations": {"s": "~"}}}), "over 44 percent"),
+        (table(clock_mhz=0), "must be positive"),
+        (lambda d: d["heuristic"]["tables"].append(copy.deepcopy(d["heuristic"]["tables"][0])), "occurs twice"),
         (lambda d: d["kernels"].append(copy.deepcopy(d["kernels"][0])), "occurs twice"),
         (lambda d: d["schedules"].append(d["schedules"][0]), "occurs twice"),
         (lambda d: d["layouts"].append(d["layouts"][0]), "occurs twice"),
         (lambda d: d["schedules"][0].update(split=3), "name should be"),
+        (lambda d: d["schedules"][3].update(even_ctas=2), "name should be"),
+        (schedule(0, "x0", split=0), "name should be"),
+        (schedule(0, "e0", split=0), "split 0 with even_ctas 0: wanted 1..16 with 0, or 0 with 1..32"),
+        (schedule(0, "x1", even_ctas=1), "split 1 with even_ctas 1"),
+        (schedule(0, "x32", split=32), "split 32 with even_ctas 0"),
+        (schedule(0, "x-1", split=-1), "split -1 with even_ctas 0"),
+        (schedule(3, "e33", even_ctas=33), "split 0 with even_ctas 33"),
+        (schedule(3, "e-1", even_ctas=-1), "split 0 with even_ctas -1"),
+        (schedule(0, "e1", split=0, even_ctas=1), "split 0, which family stream does not have"),
+        (schedule(3, "x2", split=2, even_ctas=0), "split 2, which family flat does not have"),
+        (lambda d: d["schedules"][3].pop("even_ctas"), "even_ctas: missing"),
         (lambda d: d["schedules"][0].update(shared_memory=240 * 1024), "shared_memory"),
         (lambda d: d["schedules"][0].update(tile="none"), "no kernel has its tile"),
         (lambda d: d.update(schema=0), "schema: 0"),

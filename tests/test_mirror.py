@@ -14,8 +14,9 @@ from machete_aot.errors import ArgumentError, BundleError, CorruptError, Unreach
 from machete_aot.index import INDEX_NAME, IndexEntry, conventional_entry, dump_index, parse_index, version_key
 from machete_aot.manifest import parse_manifest
 from machete_aot.mirror import export_bundle
+from machete_aot.part import H100
 from machete_aot.selection import select
-from machete_aot.subset import H100_SMS, kernel_ids
+from machete_aot.subset import kernel_ids
 from small_bundle import SCHEDULES, TILES, TYPES, rewritten, small_bundle
 
 DATA, TEXT, DIGEST = small_bundle()
@@ -136,14 +137,14 @@ def ids(*pairs: tuple[int, int]) -> list[str]:
 
 def test_selections_of_kernels() -> None:
     bf16, fp16 = (t.name for t in TYPES)
-    stream, dense = SCHEDULES[1].name, SCHEDULES[2].name
+    stream, flat = SCHEDULES[1].name, SCHEDULES[2].name
     everything = [k.id for k in MANIFEST.kernels]
     assert kernel_ids(MANIFEST, [bf16]) == ids((0, 0), (0, 1))
     assert kernel_ids(MANIFEST, [bf16, fp16]) == everything
-    assert kernel_ids(MANIFEST, [dense]) == ids((0, 1), (1, 1))
-    assert kernel_ids(MANIFEST, [stream, dense]) == everything
+    assert kernel_ids(MANIFEST, [flat]) == ids((0, 1), (1, 1))
+    assert kernel_ids(MANIFEST, [stream, flat]) == everything
     assert kernel_ids(MANIFEST, [fp16, stream]) == ids((1, 0))
-    tile = select(MANIFEST, bf16, 1, 4096, 4096, H100_SMS).tile
+    tile = select(MANIFEST, bf16, 1, 4096, 4096, H100).tile
     assert kernel_ids(MANIFEST, [bf16, (1, 4096, 4096)]) == [f"{bf16}__{tile}"]
     assert kernel_ids(MANIFEST, [(1, 4096, 4096)]) == [k for k in everything if k.endswith(tile)]
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from build_kernels.configs import Specialization
 from build_kernels.errors import BuildError, ToolchainError
 from build_kernels.generate import generate, render
 from build_kernels.heuristic import fitted_to, read_heuristic
-from build_kernels.pack import served
+from build_kernels.pack import Product, served, write_bundle
 from build_kernels.paths import ROOT
 from build_kernels.release import release
 from build_kernels.reproduce import choose
@@ -36,9 +37,11 @@ from build_kernels.sources import source_digest, source_files
 from machete_aot.abi import ABI_VERSION, OFFSETS, SIZE
 from machete_aot.bundle import open_bundle
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
-from machete_aot.manifest import Heuristic
+from machete_aot.manifest import Heuristic, parse_manifest
+from machete_aot.part import H100
 from machete_aot.selection import COEFFICIENTS
-from small_bundle import SCHEDULES, TYPES, cubin_like, products
+from small_bundle import SCHEDULES, TYPES, cubin_like, heuristic_table, products
+from small_bundle import release as small_release
 
 STREAM = TileConfig("stream", 1, 2, 1, 2, 8, 8, 2)
 KERNEL = Specialization(TYPES[0], STREAM, (1, 2))
@@ -56,7 +59,7 @@ def test_catalogue_ids_are_unique_and_are_c_identifiers() -> None:
 def test_catalogue_schedules_are_unique_and_have_a_form_without_clusters() -> None:
     schedules = catalogue.schedules()
     assert len({s.name for s in schedules}) == len(schedules) >= 6
-    assert {s.tile for s in schedules if s.split == 1} == {s.tile for s in schedules}
+    assert {s.tile for s in schedules if s.split <= 1} == {s.tile for s in schedules}
     assert {k.tile for k in catalogue.specializations()} == {s.tile for s in schedules}
 
 
@@ -70,7 +73,7 @@ def test_shared_memory_budgets() -> None:
     assert any("2 CTAs an SM need" in p for p in shared_memory_problems(Specialization(TYPES[0], tile, (2,))))
     assert list(shared_memory_problems(Specialization(TYPES[0], tile, (1,)))) == []
     assert list(shared_memory_problems(Specialization(TYPES[0], tile, (1,)), static=32 * 1024))
-    huge = TileConfig("dense", 2, 1, 1, 1, 256, 7, 1)
+    huge = TileConfig("flat", 2, 1, 1, 2, 256, 4, 1)
     assert any("limit 232448" in p for p in shared_memory_problems(Specialization(TYPES[0], huge, (1,))))
     assert any("not among" in p for p in shared_memory_problems(Specialization(TYPES[0], huge, (2,))))
 
@@ -99,9 +102,30 @@ def test_register_limit(threads: int, ctas: int, limit: int) -> None:
     ],
 )
 def test_register_pool(warpgroups: int, registers: int, raised: int, lowered: int, fits: bool) -> None:
-    tile = TileConfig("dense", warpgroups, 1, 1, 1, 64, 4, 1)
+    tile = TileConfig("flat", warpgroups, 1, 1, 2, 64, 4, 1)
     found = Instructions(("64x64x16",), raised, lowered)
     assert (list(pool_problems(tile, registers, found)) == []) == fits
+
+
+def test_a_tile_of_three_row_warpgroups() -> None:
+    tile = TileConfig("flat", 3, 1, 1, 2, 128, 4, 1)
+    kernel = Specialization(TYPES[0], tile, (1, 0))
+    assert (tile.name, tile.rows, tile.threads) == ("flat_192x128x128_r3k1_s4c1", 192, 512)
+    assert tile.splits() == kernel.splits
+    assert list(shared_memory_problems(kernel)) == []
+    launched = register_limit(tile.threads, tile.ctas_per_sm)
+    for raised, fits in ((152, True), (160, False)):
+        assert (list(pool_problems(tile, launched, Instructions(("64x128x16",), raised, 56))) == []) == fits
+    text = render(kernel)
+    assert "using Tile = machete::FlatTile</*row_warpgroups*/ 3," in text
+    for fact in ("Tile::THREADS == 512", "Tile::ROWS == 192", "Tile::STEP_UNITS == 2"):
+        assert f"static_assert({fact});\n" in text
+    for split in kernel.splits:
+        assert f"static_assert(machete::shared_memory<Tile>({split}) == {tile.shared_memory(split)});\n" in text
+    even = ScheduleConfig(tile, 0, 1)
+    kernels = [Product(Specialization(types, tile, (0,)), Report(launched, 0, 0), b"cubin") for types in TYPES]
+    manifest = parse_manifest(write_bundle(kernels, small_release([even]))[1])
+    assert manifest.kernel_for(TYPES[0], f"{tile.name}_e1").tile == tile
 
 
 def test_reading_a_disassembly() -> None:
@@ -121,13 +145,13 @@ def test_generated_source() -> None:
     tile = re.search(r"using Tile = machete::StreamTile<(.*?)>;", text, re.S)
     assert tile and re.findall(r"/\*(\w+)\*/ (\d+)", tile[1]) == [
         *(("row_warpgroups", "1"), ("k_warpgroups", "2"), ("blocks", "1")),
-        *(("units", "2"), ("tokens", "8"), ("stages", "8")),
+        *(("units", "2"), ("tokens", "8"), ("stages", "8"), ("ctas_per_sm", "2")),
     ]
     for fact in ("THREADS == 320", "ROWS == 64", "STEP_UNITS == 4"):
         assert f"static_assert(Tile::{fact});\n" in text
     for split in KERNEL.splits:
         assert f"static_assert(machete::shared_memory<Tile>({split}) == {STREAM.shared_memory(split)});\n" in text
-    assert f"__launch_bounds__(Tile::THREADS, 2)\n    {KERNEL.symbol}(" in text
+    assert f"__launch_bounds__(Tile::THREADS, Tile::CTAS_PER_SM)\n    {KERNEL.symbol}(" in text
     assert "  machete::stream_gemm<Types, Tile>(acts, params);\n" in text
 
 
@@ -231,7 +255,7 @@ def fitted(*, without: tuple[str, str] | None = None) -> Heuristic:
     for types, schedule in SERVED:
         if (types.name, schedule.name) != without:
             coefficients.setdefault(types.name, {})[schedule.name] = {"fixed_us": 1.0}
-    return Heuristic(1, "test", {}, coefficients)
+    return Heuristic(2, (heuristic_table(coefficients),))
 
 
 def test_unfitted_schedules_are_listed() -> None:
@@ -240,26 +264,34 @@ def test_unfitted_schedules_are_listed() -> None:
     partial = fitted(without=missing)
     with pytest.raises(BuildError) as caught:
         fitted_to(partial, SERVED)
-    assert caught.value.problems == (" ".join(missing),)
+    assert caught.value.problems == (" ".join((H100.name, *missing)),)
     assert fitted_to(partial, SERVED, allow_unfitted=True) == partial
     other: list[tuple[TypeConfig, ScheduleConfig]] = SERVED[:1]
-    assert list(fitted_to(fitted(), other).coefficients) == [SERVED[0][0].name]
+    assert list(fitted_to(fitted(), other).tables[0].coefficients) == [SERVED[0][0].name]
+    with pytest.raises(BuildError) as caught:
+        fitted_to(Heuristic(2, ()), SERVED)
+    assert caught.value.problems == ("any: there is no table",)
+    assert fitted_to(Heuristic(2, ()), SERVED, allow_unfitted=True).tables == ()
+    two = Heuristic(2, (*fitted().tables, replace(partial.tables[0], device="other")))
+    with pytest.raises(BuildError) as caught:
+        fitted_to(two, SERVED)
+    assert caught.value.problems == (" ".join(("other", *missing)),)
 
 
 def test_reading_the_heuristic(tmp_path: Path) -> None:
     path = tmp_path / "heuristic.json"
-    assert read_heuristic(path).coefficients == {}
-    fitted = {name: 1.5 for name in COEFFICIENTS}
-    device = {"bandwidth_bytes_per_us": 3e6}
-    good = {"version": 1, "source": "x", "device": device, "coefficients": {"t": {"s": fitted}}}
+    assert read_heuristic(path).tables == ()
+    table = asdict(heuristic_table({"t": {"s": {name: 1.5 for name in COEFFICIENTS}}}))
+    good = {"version": 2, "tables": [table]}
     path.write_text(json.dumps(good))
-    assert read_heuristic(path).coefficients == {"t": {"s": fitted}}
+    assert [asdict(found) for found in read_heuristic(path).tables] == [table]
+    unknown = table | {"coefficients": {"t": {"s": {"c": 1.5}}}}
     for wrong, word in (
         ("{", "not JSON"),
         ("{}", "version: missing"),
         (json.dumps(good | {"version": "1"}), "expected int"),
-        (json.dumps(good | {"device": {}}), "bandwidth_bytes_per_us: missing"),
-        (json.dumps(good | {"coefficients": {"t": {"s": {"c": 1.5}}}}), r"t s: coefficients \['c'\], wanted"),
+        (json.dumps(good | {"tables": [{}]}), "bytes_per_us: missing"),
+        (json.dumps(good | {"tables": [unknown]}), r"t s: coefficients \['c'\], wanted"),
     ):
         path.write_text(wrong)
         with pytest.raises(BuildError, match=f"not valid[^$]*{word}"):

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import machete_aot as machete
 from machete_aot import abi, driver, product
+from machete_aot.part import H100
 from machete_aot.product import aligned_rows, row_stride, run_kernel
 from machete_aot.validate import check_gemm
 from quantised import gptq, random_codes
-from stub.bundles import BF16, DENSE, NARROW, SCHEDULES, WIDE, make_bundle, schedule
+from stub.bundles import BF16, FLAT, NARROW, SCHEDULES, WIDE, make_bundle, schedule
 from stub.harness import Launch, Stub, stubbed
 
 STREAM = 0x5EED0
@@ -213,8 +216,36 @@ def test_the_chosen_schedule_is_launched(stub: Stub) -> None:
     problem = check_gemm(layer.acts(1), layer.b, machete.u4b8, layer.scales, None, 128, None, None)
     for _ in range(2):
         run_kernel(BUNDLE, BF16, problem, layer.b, torch.empty(1, 256).bfloat16(), None, None, 0, STREAM)
-    chosen = product.selection.select(BUNDLE.manifest, BF16.name, 1, 256, 512, 132)
+    chosen = product.selection.select(BUNDLE.manifest, BF16.name, 1, 256, 512, H100)
     assert {launch.symbol for launch in stub.launches} == {f"machete_bf16_u4b8__{chosen.tile}"}
+
+
+@stubbed
+def test_the_workspace_lives_until_the_launch(stub: Stub) -> None:
+    layer, made, alive = Layer(256, 512), [], []
+    plain_empty, plain_call = torch.empty, driver.call
+
+    def empty(*size: int, **options: Any) -> torch.Tensor:
+        found = plain_empty(*size, **options)
+        if options.get("dtype") == torch.uint8:
+            made.append((weakref.ref(found), found.data_ptr(), found.numel()))
+        return found
+
+    def call(name: str, *arguments: Any) -> Any:
+        if name == "cuLaunchKernelEx":
+            alive.append([reference() is not None for reference, _, _ in made])
+        return plain_call(name, *arguments)
+
+    torch.empty, driver.call = empty, call  # in this test's own process
+    layer.run(stub, layer.acts(300), name=schedule(FLAT))
+    assert (made, alive) == ([], [[]])
+    launch = layer.run(stub, layer.acts(300), name=schedule(FLAT, 0, 1))
+    ((reference, address, size),) = made
+    assert abi.unpack_params(launch.parameters[128:])["workspace"] == address
+    assert address % 16 == 0
+    assert (launch.grid, size) == ((16, 1, 1), FLAT.workspace(16))  # four tiles of four steps
+    assert alive[1] == [True]
+    assert reference() is None  # and no longer
 
 
 @stubbed
@@ -223,7 +254,7 @@ def test_warmup(stub: Stub) -> None:
     loaded = machete.warmup(torch.bfloat16, machete.u4b8, device=0, schedules=[schedule(WIDE, 2), schedule(WIDE)])
     assert loaded == [f"bf16_u4b8__{WIDE.name}"]
     assert stub.calls("cuLibraryLoadData") == 1
-    assert len(machete.warmup(torch.float16, machete.u4b8, device="cuda:0")) == 3
+    assert len(machete.warmup(torch.float16, machete.u4b8, device="cuda:0")) == 3  # kernels, not schedules
     assert stub.calls("cuLibraryLoadData") == 4
     (one,) = machete.warmup(torch.float16, machete.u4b8, shapes=[(1, 256, 512)] * 3, device=0)
     assert one.startswith("fp16_u4b8__")
@@ -231,7 +262,7 @@ def test_warmup(stub: Stub) -> None:
     assert machete.warmup(torch.bfloat16, machete.u4b8, shapes=[], device=0) == []
     stub.set(capturing=1)
     with pytest.raises(machete.CaptureError):
-        machete.warmup(torch.bfloat16, machete.u4b8, device=0, schedules=[schedule(DENSE)])
+        machete.warmup(torch.bfloat16, machete.u4b8, device=0, schedules=[schedule(FLAT)])
     with pytest.raises(machete.ArgumentError, match="no schedule"):
         machete.warmup(torch.bfloat16, machete.u4b8, device=0, schedules=["nonsense"])
     with pytest.raises(machete.UnsupportedError, match="bf16_u8b128"):

@@ -21,7 +21,7 @@ from machete_aot.scalar_type import u4b8
 from small_bundle import TILES, TYPES, small_bundle
 
 BF16, FP16 = TYPES
-STREAM, DENSE = TILES
+STREAM, FLAT = TILES
 _, MANIFEST_TEXT, MANIFEST_DIGEST = small_bundle()
 MANIFEST = parse_manifest(MANIFEST_TEXT)
 NAMES = [s.name for s in MANIFEST.schedules]
@@ -51,9 +51,9 @@ def at(values: dict[str, Any], *path: str) -> dict[str, Any]:
     return values
 
 
-BF16_STREAM, FP16_DENSE = kernel_id(BF16, STREAM.name), kernel_id(FP16, DENSE.name)
+BF16_STREAM, FP16_FLAT = kernel_id(BF16, STREAM.name), kernel_id(FP16, FLAT.name)
 ONE = ("kernels", BF16_STREAM, "schedules", NAMES[1])
-FP16_ONE = ("kernels", FP16_DENSE, "schedules", NAMES[2])
+FP16_ONE = ("kernels", FP16_FLAT, "schedules", NAMES[2])
 
 TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "digest": (
@@ -64,7 +64,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "arch": (lambda r: at(r, "bundle").update(arch="sm100a"), "bundle.arch: the record is about 'sm100a'"),
     "schema": (lambda r: r.update(schema=2), "schema: 2 is not 1"),
     "date": (lambda r: r.update(date="yesterday"), "date: 'yesterday' is not a date"),
-    "kernel missing": (lambda r: at(r, "kernels").pop(FP16_DENSE), f"kernel {FP16_DENSE}: not in the record"),
+    "kernel missing": (lambda r: at(r, "kernels").pop(FP16_FLAT), f"kernel {FP16_FLAT}: not in the record"),
     "kernel unknown": (lambda r: at(r, "kernels").update(x={"schedules": {}}), "kernel x: not in the manifest"),
     "schedule missing": (lambda r: at(r, *ONE[:-1]).pop(NAMES[1]), f"schedule {NAMES[1]}: not in the record"),
     "schedule of another tile": (

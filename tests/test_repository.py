@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = sorted((ROOT / "machete_aot").glob("*.py"))
 PIPELINE = sorted((ROOT / "build_kernels").glob("*.py"))
 DISTRIBUTIONS = {"cuda": "cuda-bindings"}  # import name -> distribution, where they differ
+OPTIONAL = {"cryptography": ("sign", "trust.py"), "matplotlib": ("bench", "plot.py")}  # its extra, its only user
+PEERS = {"humming", "vllm"}  # compared with where they happen to be installed, so no extra asks for them
 
 
 def load_tool(name: str) -> Any:
@@ -109,7 +111,7 @@ def test_documented_commands_and_statuses_exist() -> None:
     commands = set(re.findall(r"^\| `([a-z]+)", table, flags=re.M)) - {"machete"}
     help_text = cli._parser().format_help()
     assert commands == {
-        *("demo", "doctor", "list", "explain", "qualify"),
+        *("demo", "doctor", "list", "explain", "qualify", "bench"),
         *("fetch", "verify", "export", "import", "sign", "cache"),
     }
     assert all(re.search(rf"^ +{c} ", help_text, flags=re.M) for c in commands)
@@ -145,16 +147,21 @@ def test_the_readme_example_runs() -> None:
 def test_the_runtime_imports_only_what_it_declares() -> None:
     metadata = project()
     declared = {Requirement(d).name for d in metadata["dependencies"]}
-    optional = {Requirement(d).name for d in metadata["optional-dependencies"]["sign"]}
-    assert not declared & optional
-    assert {DISTRIBUTIONS.get(name, name) for name in third_party(RUNTIME)} == declared | optional
+    extras = {extra for extra, _ in OPTIONAL.values()}
+    optional = {Requirement(d).name for extra in extras for d in metadata["optional-dependencies"][extra]}
+    assert optional == OPTIONAL.keys() and not declared & optional
+    found = {DISTRIBUTIONS.get(name, name) for name in third_party(RUNTIME)}
+    assert found == declared | optional | PEERS
 
 
-def test_what_is_optional_is_imported_by_one_module_and_lazily() -> None:
-    users = [path for path in RUNTIME if "cryptography" in third_party([path])]
-    assert [path.name for path in users] == ["trust.py"]
+@pytest.mark.parametrize(
+    ("name", "user"), [*((name, user) for name, (_, user) in OPTIONAL.items()), *((name, "peers.py") for name in PEERS)]
+)
+def test_what_is_optional_is_imported_by_one_module_and_lazily(name: str, user: str) -> None:
+    users = [path for path in RUNTIME if name in third_party([path])]
+    assert [path.name for path in users] == [user]
     top_level = [n for n in ast.parse(users[0].read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert not any("cryptography" in ast.unparse(node) for node in top_level)
+    assert not any(name in ast.unparse(node) for node in top_level)
 
 
 def test_the_runtime_needs_neither_the_pipeline_nor_a_compiler() -> None:

@@ -68,6 +68,8 @@ DEVICE void barrier_arrive(int id, int threads) {
 }
 
 // ---- copies by the copy engine; they complete on an mbarrier
+// What this thread has written, or acquired, in the ordinary way is seen by copies that it issues from here on.
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 DEVICE uint64_t policy_evict_first() {  // for bytes that are read once
   uint64_t p;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
@@ -127,6 +129,22 @@ DEVICE uint32_t load_shared_16(uint32_t a) {
   return v;
 }
 
+// ---- global memory that other CTAs of the kernel write, past L1
+DEVICE void store_global_float4(void* p, float a, float b, float c, float d) {
+  asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+DEVICE void store_release(uint64_t* p, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+DEVICE void store_relaxed(uint64_t* p, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+DEVICE uint64_t load_acquire(const uint64_t* p) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+
 // ---- programmatic dependent launch
 DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 DEVICE void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -169,6 +187,13 @@ DEVICE bool elect_one() {
       "selp.u32 %0, 1, 0, p;}"
       : "=r"(elected));
   return elected;
+}
+
+// The value of lane 0, which the compiler then knows to be uniform. Not moved out of a loop, unlike __shfl_sync.
+DEVICE uint32_t uniform(uint32_t value) {
+  uint32_t same;
+  asm volatile("shfl.sync.idx.b32 %0, %1, 0, 31, 0xffffffff;" : "=r"(same) : "r"(value));
+  return same;
 }
 
 // ---- registers

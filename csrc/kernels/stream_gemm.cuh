@@ -9,17 +9,17 @@
 //   warp  WARPS          weight producer (one lane): fills the ring before earlier kernels have ended
 //   warp  WARPS+1        activation producer (one lane): waits for the earlier kernels first
 // What a step costs besides conversion and wgmma (wait, arrive, addresses) matters: at 8 tokens it can take as long as
-// the multiplications. Hence steps of 256 to 512 k and a consumer loop unrolled over the ring, so that every address is
-// a constant.
+// the multiplications. Hence steps of 256 to 512 k and a consumer loop unrolled over the ring.
 #pragma once
 #include "epilogue.cuh"
 #include "ring.cuh"
 
 namespace machete {
 
-template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages>
-struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages> {
-  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages>;
+template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm>
+struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm> {
+  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm>;
+  static constexpr bool ONE_RANGE = true;  // of K, for a CTA
   static constexpr int THREADS = 32 * (Base::WARPS + 2);
   static constexpr int LOG_K_WG = KWarpgroups == 1 ? 0 : KWarpgroups == 2 ? 1 : 2;
   static constexpr int SLABS = Base::ROWS / 16;  // 16 rows of one warp in one block: the unit of the reduction
@@ -31,6 +31,7 @@ struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stag
     const int workers = split * KWarpgroups;
     return Base::RING_END + KWarpgroups * (workers - 1) * (SLABS / workers) * SLAB_BYTES;
   }
+  static_assert(SLABS % KWarpgroups == 0 && (KWarpgroups & (KWarpgroups - 1)) == 0, "K_WG is a power of two");
 };
 
 enum { BARRIERS_READY = 1, PARTIALS_READY = 2 };  // named barriers
@@ -53,8 +54,6 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
   const int k_units = (p.k + UNIT_K - 1) / UNIT_K;
   const int all_steps = (k_units + T::STEP_UNITS - 1) / T::STEP_UNITS;
   const int step0 = all_steps * rank >> log_split, steps = (all_steps * (rank + 1) >> log_split) - step0;
-
-  const bool per_unit = scale_per_unit(p, k_units);
 
   const Ring<T> ring{smem_address(smem)};
   const uint32_t reduced = ring.extra_barrier();
@@ -81,9 +80,9 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
     if (elect_one()) {
       const uint64_t policy = gridDim.y == 1 ? policy_evict_first() : policy_evict_normal();
       WeightProducer<T> weights(p, row0, step0 * T::STEP_UNITS, k_units);
-      Position<T::STAGES> at{0, 1};  // parity 1: the first round passes at once, before anything is waited for
+      Position<T::STAGES> at;  // the first round of waits passes at once
       for (int step = 0; step < steps; step++) {
-        mbar_wait(ring.empty(at.slot), at.parity);
+        mbar_wait(ring.empty(at.slot), at.free_parity());
         weights.load(ring, at.slot, policy);
         at.advance();
       }
@@ -93,60 +92,15 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
       prefetch_tensor_map(&acts);
       wait_for_predecessors();  // activations and output belong to earlier kernels until here; stores depend on these
                                 // loads
-      Position<T::STAGES> at{0, 1};
+      Position<T::STAGES> at;
       for (int step = 0; step < steps; step++) {
-        mbar_wait(ring.empty(at.slot), at.parity);
+        mbar_wait(ring.empty(at.slot), at.free_parity());
         load_acts(ring, at.slot, acts, p.flags, token0, (step0 + step) * T::STEP_UNITS);
         at.advance();
       }
     }
   } else {
-    const uint32_t my_words =
-        ring.weights(0) + strip0 * T::STRIP_BYTES + k_wg * T::UNITS * UNIT_BYTES + threadIdx.x % 128 * 16;
-    const uint32_t my_scales =
-        ring.scales(0) + k_wg * T::UNITS * T::SCALE_ROW + (strip0 * 64 + warp % 4 * 16 + lane / 4) * 2;
-    const uint64_t my_acts = wgmma_descriptor(ring.acts(0) + k_wg * T::UNITS * T::ACTS_TILE);
-#pragma unroll
-    for (int b = 0; b < T::BLOCKS; b++)
-#pragma unroll
-      for (int i = 0; i < T::TOKENS / 2; i++) acc[b][i] = 0;
-
-    Consumer<Types, T> consumer;
-    mbar_wait(ring.full(0), 0);
-    consumer.start(my_words, my_scales);
-    // A step is (k64 0, block 0), (k64 0, block 1), .., (k64 1, block 0), ... Whether scales change at odd units too is
-    // a constant of the loop, because predicated-off conversions of scales would cost as much as real ones.
-    constexpr int UNITS = T::UNITS * T::BLOCKS;
-#pragma unroll 1
-    for (int round = 0; round * T::STAGES < steps; round++)
-#pragma unroll
-      for (int slot = 0; slot < T::STAGES; slot++) {
-        const int step = round * T::STAGES + slot;
-        if (step >= steps) break;
-        const int next_slot = (slot + 1) % T::STAGES, old_slot = (slot + T::STAGES - 1) % T::STAGES;
-        const uint32_t next_parity = (round + (next_slot == 0)) & 1;
-        const bool more = step + 1 < steps;
-        uint32_t ready = 1;
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-          const bool last = u == UNITS - 1;  // the next unit lies in the next step
-          const int b = u % T::BLOCKS, nu = (u + 1) % UNITS, nb = nu % T::BLOCKS, nk = nu / T::BLOCKS;
-          const int next_stage = last ? next_slot : slot;
-          if (last && more) ready = mbar_test(ring.full(next_slot), next_parity);  // looked at after a multiplication
-          consumer.unit(
-              acc[b], my_acts + (slot * T::ACTS_BYTES + u / T::BLOCKS * T::ACTS_TILE >> 4), b, nb,
-              // (the very last one loads an old unit and converts it for nothing)
-              my_words + next_stage * T::WEIGHTS_BYTES + nb * T::STRIP_BYTES + nk * UNIT_BYTES,
-              my_scales + next_stage * T::SCALES_BYTES + nk * T::SCALE_ROW + nb * 128, nk % 2 == 0 || per_unit,
-              [&] {
-                if (last && !ready) mbar_wait(ring.full(next_slot), next_parity);
-              },
-              [&] {
-                if (u == 0 && step > 0) ring.release(old_slot, lane);  // the last step's last wgmma has retired
-              });
-        }
-      }
-    wgmma_wait<0>();
+    Consumer<Types, T>(ring, strip0, k_wg, warp, lane, scale_per_unit<T>(p, k_units)).multiply(acc, steps);
   }
 
   if (split > 1) {
@@ -169,7 +123,7 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
   auto place = [&](int slab, int owner, int source) {  // in the owner's buffer; a worker sends nothing to itself
     const int from = source < owner ? source : source - 1;
     return T::RING_END +
-           ((owner % T::K_WG * (workers - 1) + from) * per_owner + (slab & (per_owner - 1))) * T::SLAB_BYTES +
+           ((owner % T::K_WG * (workers - 1) + from) * per_owner + (slab - owner * per_owner)) * T::SLAB_BYTES +
            lane * 16;
   };
 #pragma unroll

@@ -13,7 +13,11 @@
 
 namespace machete {
 
-DEVICE uint32_t both_halves(uint32_t bits16) { return __byte_perm(bits16, 0, 0x1010); }
+DEVICE uint32_t both_halves(uint32_t bits16) {
+  uint32_t d;
+  asm("{.reg .b16 h;\ncvt.u16.u32 h, %1;\nmov.b32 %0, {h, h};}" : "=r"(d) : "r"(bits16));
+  return d;
+}
 
 // ---- bf16 activations, 4-bit weights, value = scale * (code - 8).
 //

@@ -188,9 +188,10 @@ def kernel_with(**fields: Any) -> tuple[bytes, str]:
 
 
 MANIFESTS: dict[str, tuple[Callable[[], tuple[bytes, str]], type[BundleError]]] = {
-    "a newer schema": (lambda: changed(schema=2), SchemaTooNewError),
+    "a newer schema": (lambda: changed(schema=3), SchemaTooNewError),
     "a newer schema of another form": (lambda: rewritten(b'{"schema": 7, "all": "different"}'), SchemaTooNewError),
-    "an older schema": (lambda: changed(schema=0), BundleError),
+    "an older schema": (lambda: changed(schema=1), BundleError),
+    "schema 0": (lambda: changed(schema=0), BundleError),
     "no number for a schema": (lambda: changed(schema="1"), BundleError),
     "true for a schema": (lambda: changed(schema=True), BundleError),
     "an unknown field": (lambda: changed(comment="hello"), BundleError),

@@ -24,7 +24,7 @@ from machete_aot.fetch import default_bundle
 
 def product(tile: TileConfig, split: int) -> tuple[int, int, int]:
     """(M, N, K): two token tiles, the second with a row; two row tiles, the second with 24; a ragged end of K."""
-    steps = split * (tile.stages + 1)
+    steps = max(split, 1) * (tile.stages + 1)  # of even shares (split 0), each is a part of a tile
     return tile.tokens + 1, tile.rows + 24, 64 * tile.step_units * steps + 72
 
 

@@ -18,16 +18,16 @@ BF16, FP16 = TYPES
 
 NARROW = TileConfig("stream", 2, 1, 1, 4, 8, 5, 2)  # 128 rows, 8 tokens, steps of 256 k
 WIDE = TileConfig("stream", 1, 2, 1, 2, 64, 5, 1)  # 64 rows, 64 tokens, steps of 256 k
-DENSE = TileConfig("dense", 2, 1, 1, 1, 256, 5, 1)  # 128 rows, 256 tokens, steps of 64 k
-SCHEDULES = tuple(
-    ScheduleConfig(tile, split)
-    for tile, splits in ((NARROW, (1, 2, 4)), (WIDE, (1, 2)), (DENSE, (1,)))
-    for split in splits
+FLAT = TileConfig("flat", 2, 1, 1, 2, 256, 3, 1)  # 128 rows, 256 tokens, steps of 128 k
+SCHEDULES = (
+    *(ScheduleConfig(NARROW, split) for split in (1, 2, 4)),
+    *(ScheduleConfig(WIDE, split) for split in (1, 2)),
+    *(ScheduleConfig(FLAT, 1), ScheduleConfig(FLAT, 0, 1)),
 )
 
 
-def schedule(tile: TileConfig, split: int = 1) -> str:
-    return ScheduleConfig(tile, split).name
+def schedule(tile: TileConfig, split: int = 1, even_ctas: int = 0) -> str:
+    return ScheduleConfig(tile, split, even_ctas).name
 
 
 def stub_cubin(symbol: str, parameters: Sequence[tuple[int, int]] = abi.PARAMETERS) -> bytes:

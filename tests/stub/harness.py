@@ -97,7 +97,8 @@ class Stub:
         self._library.stub_launch.restype = ctypes.POINTER(_LaunchRecord)
 
     def set(self, **knobs: int) -> None:
-        """Knobs: major, minor (compute capability), driver, devices, sms, capturing, slow_load_us."""
+        """Knobs: major, minor (compute capability), driver, devices, sms, clock_khz, memory_khz, memory_bits (an H100's
+        at first), capturing, slow_load_us."""
         for name, value in knobs.items():
             assert self._library.stub_set(name.encode(), value) == 0, f"no knob {name}"
 

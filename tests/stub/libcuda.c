@@ -68,8 +68,9 @@ struct config {
 static struct knob {
   const char* name;
   int value;
-} knobs[] = {{"major", 9}, {"minor", 0},     {"driver", 13000},  {"devices", 1},
-             {"sms", 132}, {"capturing", 0}, {"slow_load_us", 0}};
+} knobs[] = {{"major", 9},     {"minor", 0},           {"driver", 13000},       {"devices", 1},
+             {"sms", 132},     {"clock_khz", 1980000}, {"memory_khz", 2619000}, {"memory_bits", 5120},
+             {"capturing", 0}, {"slow_load_us", 0}};
 static struct call {
   char name[64];
   int count, fail_with, hidden;
@@ -151,6 +152,9 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTER();
   (void)device;
   if (attribute == 16) *value = knob("sms");
+  else if (attribute == 13) *value = knob("clock_khz");
+  else if (attribute == 36) *value = knob("memory_khz");
+  else if (attribute == 37) *value = knob("memory_bits");
   else if (attribute == 75) *value = knob("major");
   else if (attribute == 76) *value = knob("minor");
   else if (attribute == 97) *value = 227 * 1024;  // shared memory that a CTA may ask for

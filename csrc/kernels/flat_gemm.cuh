@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// Family "flat": persistent CTAs, which take tiles of ROWS rows of n x TOKENS tokens one after the other.
+//   out[m, n] = sum over k of acts[m, k] * dequant(weights)[n, k] (+ bias[n])
+//
+// Whole tiles seldom divide evenly among the SMs. So the last tiles (p.even_tiles; none in a launch with whole tiles
+// only) are laid end to end, as one list of ring steps, and every CTA takes an equal, contiguous share of it. A CTA
+// whose share begins inside a tile gives its partial tile to the CTA that has the tile's first steps, through global
+// memory; that one adds the partials in the order of K and stores. Shares do not depend on timing, so the result is
+// deterministic.
+//   warpgroups 0 .. ROW_WG-1  consumers, most registers: load words, convert, wgmma, store
+//   warpgroup  ROW_WG         producers, few registers: warp 0 weights and scales, warp 1 activations, one lane each
+// The producers run ahead over the tile boundary, so that the ring stays full while the consumers store a tile.
+#pragma once
+#include "epilogue.cuh"
+#include "ring.cuh"
+
+namespace machete {
+
+template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm>
+struct FlatTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm> {
+  static_assert(KWarpgroups == 1, "all of K in one warpgroup");
+  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm>;
+  static constexpr bool ONE_RANGE = false;  // of K, for a CTA
+  static constexpr int THREADS = 32 * Base::WARPS + 128;
+  static constexpr uint32_t shared_memory(int) { return Base::RING_END; }
+
+  // setmaxnreg moves registers within what the CTA was launched with, LAUNCH for each thread. The producers' loops need
+  // 56, or 48 and some patience; the rest goes to the consumers, but for what eights do not divide.
+  static constexpr int LAUNCH = 65536 / CtasPerSm / THREADS / 8 * 8;
+  static constexpr int POOL = (RowWarpgroups + 1) * LAUNCH;
+  static constexpr int CONSUMER_REGISTERS = (POOL - (LAUNCH < 96 ? 48 : 56)) / RowWarpgroups / 8 * 8;
+  static constexpr int PRODUCER_REGISTERS = POOL - RowWarpgroups * CONSUMER_REGISTERS;
+  static_assert(LAUNCH < 248 && CONSUMER_REGISTERS <= 240, "an SM has more registers than these threads can have");
+};
+
+// The order of the tiles: bands of about 1,024 tokens, in a band all tokens of one row block, then the next row block.
+// CTAs that run together then share activations and weights in L2.
+template <class T>
+DEVICE void place_tile(const GemmParams& p, int tile, int& row0, int& token0) {
+  constexpr int BAND = T::TOKENS >= 1024 ? 1 : 1024 / T::TOKENS;
+  if (p.token_tiles == 1) {  // without the divisions, which would delay the first copies
+    row0 = tile * T::ROWS;
+    token0 = 0;
+    return;
+  }
+  const int band = tile / (BAND * p.row_tiles), in_band = tile % (BAND * p.row_tiles);
+  const int height = min(BAND, p.token_tiles - band * BAND);
+  row0 = in_band / height * T::ROWS;
+  token0 = (band * BAND + in_band % height) * T::TOKENS;
+}
+
+// A CTA's work, piece by piece: steps [from, to) of a tile. First whole tiles, every gridDim-th, then its share of the
+// even ones. Shares are numbered against blockIdx: share i waits for share i + 1, which is thus a CTA that started
+// earlier, so no CTA waits for one that may have no room to start.
+struct Work {
+  const GemmParams& p;
+  int tile, from, to = 0;
+  int left;  // steps of the share after this piece
+
+  DEVICE Work(const GemmParams& p) : p(p), tile(int(blockIdx.x) - int(gridDim.x)), left(share_steps(p, share())) {}
+  static DEVICE int share() { return gridDim.x - 1 - blockIdx.x; }
+  static DEVICE int share_begin(const GemmParams& p, int i) { return p.share_steps * i + min(i, p.longer_shares); }
+  static DEVICE int share_steps(const GemmParams& p, int i) { return p.share_steps + (i < p.longer_shares); }
+  // Whether this CTA's share begins inside a tile.
+  static DEVICE bool gives(const GemmParams& p) {
+    return share_steps(p, share()) > 0 && share_begin(p, share()) % p.steps > 0;
+  }
+
+  DEVICE bool next() {
+    const int whole_tiles = p.token_tiles * p.row_tiles - p.even_tiles;
+    if (tile + int(gridDim.x) < whole_tiles) {
+      tile += gridDim.x;
+      from = 0;
+      to = p.steps;
+      return true;
+    }
+    if (left == 0) return false;
+    if (tile < whole_tiles) {  // the share's first piece
+      const int begin = share_begin(p, share());
+      tile = whole_tiles + begin / p.steps;
+      from = begin % p.steps;
+    } else {
+      tile++;
+      from = 0;
+    }
+    to = min(p.steps, from + left);
+    left -= to - from;
+    return true;
+  }
+};
+
+// Partial tiles in global memory, one place a share. The giver's consumers store theirs and go on; a producer warp says
+// so with a flag when all have. The taker's weight producer waits for the flag and copies the partial tile into the
+// ring behind the last step, in chunks of a stage's activations. The flag's value, p.token, is new in every launch, so
+// the memory need not be cleared, and the taker overwrites it, so that a launch repeated in a graph does not find the
+// last one's.
+template <class T>
+struct Partials {
+  static constexpr int VECTORS = T::BLOCKS * T::TOKENS / 8;  // of 16 bytes, of a thread
+  static constexpr int BYTES = VECTORS * T::WARPS * 512;
+  static constexpr int chunks(int at_least) {  // as few as fit, and as divide the vectors
+    return BYTES / at_least <= T::ACTS_BYTES && VECTORS % at_least == 0 ? at_least : chunks(at_least + 1);
+  }
+  static constexpr int CHUNKS = chunks(1);
+  static constexpr int CHUNK_VECTORS = VECTORS / CHUNKS;
+
+  static DEVICE uint64_t* flag(const GemmParams& p, int share) {
+    return reinterpret_cast<uint64_t*>(p.workspace) + share;
+  }
+  static DEVICE uint8_t* place(const GemmParams& p, int share) {
+    return p.workspace + (gridDim.x * 8 + 1023) / 1024 * 1024 + size_t(share) * BYTES;
+  }
+  // Consumers of the giver.
+  static DEVICE void store(const GemmParams& p, const float (&acc)[T::BLOCKS][T::TOKENS / 2], uint32_t given, int warp,
+                           int lane) {
+    uint8_t* dst = place(p, Work::share()) + warp * 512 + lane * 16;
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+      const float* x = acc[v / (T::TOKENS / 8)] + v % (T::TOKENS / 8) * 4;
+      store_global_float4(dst + v * (T::WARPS * 512), x[0], x[1], x[2], x[3]);
+    }
+    __syncwarp();
+    if (ARRIVALS == 32 || lane == 0) mbar_arrive(given);
+  }
+  // One lane of the giver's producers.
+  static DEVICE void announce(const GemmParams& p, uint32_t given) {
+    mbar_wait(given, 0);
+    store_release(flag(p, Work::share()), p.token);
+  }
+  // The taker's weight producer: share `share` into the ring, from slot 0 on.
+  static DEVICE void load(const GemmParams& p, int share, const Ring<T>& ring, Position<T::STAGES>& at) {
+    while (load_acquire(flag(p, share)) != p.token) {
+    }
+    store_relaxed(flag(p, share), ~p.token);
+    fence_proxy_async();  // the copy engine must see what the flag published
+    const uint8_t* src = place(p, share);
+    const uint64_t policy = policy_evict_first();
+    for (int c = 0; c < CHUNKS; c++) {
+      mbar_wait(ring.empty(at.slot), at.free_parity());
+      mbar_arrive(ring.full(at.slot));  // in place of the activation producer, which has ended
+      mbar_expect(ring.full(at.slot), BYTES / CHUNKS);
+      bulk_copy(ring.acts(at.slot), src + c * (BYTES / CHUNKS), BYTES / CHUNKS, ring.full(at.slot), policy);
+      at.advance();
+    }
+    at.rewind();
+  }
+  // Consumers of the taker.
+  template <class Types>
+  static DEVICE void add(Consumer<Types, T>& consumer, float (&acc)[T::BLOCKS][T::TOKENS / 2], int warp, int lane) {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+      const int slot = c % T::STAGES;
+      consumer.wait(slot);
+#pragma unroll
+      for (int i = 0; i < CHUNK_VECTORS; i++) {
+        const int v = c * CHUNK_VECTORS + i;
+        float* sum = acc[v / (T::TOKENS / 8)] + v % (T::TOKENS / 8) * 4;
+        const float4 x = load_shared_float4(consumer.ring.acts(slot) + i * (T::WARPS * 512) + warp * 512 + lane * 16);
+        sum[0] += x.x;
+        sum[1] += x.y;
+        sum[2] += x.z;
+        sum[3] += x.w;
+      }
+      consumer.ring.release(slot, lane);
+    }
+  }
+};
+
+template <class Types, class T>
+DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  launch_dependents();
+
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const Ring<T> ring{smem_address(smem)};
+  const int k_units = (p.k + UNIT_K - 1) / UNIT_K;
+
+  if (threadIdx.x == 0) {
+    ring.init_barriers();
+    mbar_init(ring.extra_barrier(), T::WARPS * ARRIVALS);
+    mbar_init_fence();
+  }
+  __syncthreads();
+
+  if (warp >= T::WARPS) {
+    set_registers_down<T::PRODUCER_REGISTERS>();
+    Position<T::STAGES> at;
+    if (warp == T::WARPS && elect_one()) {
+      int row0, token0;
+      Work work(p);
+      const uint64_t policy = p.token_tiles == 1 ? policy_evict_first() : policy_evict_normal();
+      for (; work.next(); at.rewind()) {
+        place_tile<T>(p, work.tile, row0, token0);
+        WeightProducer<T> weights(p, row0, work.from * T::STEP_UNITS, k_units);
+        for (int step = work.from; step < work.to; step++) {
+          mbar_wait(ring.empty(at.slot), at.free_parity());
+          weights.load(ring, at.slot, policy);
+          at.advance();
+        }
+      }
+      for (int share = Work::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
+        Partials<T>::load(p, ++share, ring, at);
+        done += Work::share_steps(p, share);
+      }
+    } else if (warp == T::WARPS + 1 && elect_one()) {
+      int row0, token0;
+      Work work(p);
+      prefetch_tensor_map(&acts);
+      wait_for_predecessors();  // activations, output and workspace belong to earlier kernels until here; all accesses
+                                // to them depend on these loads
+      for (; work.next(); at.rewind()) {
+        place_tile<T>(p, work.tile, row0, token0);
+        for (int step = work.from; step < work.to; step++) {
+          mbar_wait(ring.empty(at.slot), at.free_parity());
+          load_acts(ring, at.slot, acts, p.flags, token0, step * T::STEP_UNITS);
+          at.advance();
+        }
+      }
+    } else if (warp == T::WARPS + 2 && elect_one() && Work::gives(p)) {
+      Partials<T>::announce(p, ring.extra_barrier());
+    }
+  } else {
+    set_registers_up<T::CONSUMER_REGISTERS>();
+    const int strip0 = warp / 4 * T::BLOCKS;  // the warpgroup's first 64-row strip in the tile
+    Consumer<Types, T> consumer(ring, strip0, 0, warp, lane, scale_per_unit<T>(p, k_units));
+    Work work(p);
+    float acc[T::BLOCKS][T::TOKENS / 2];
+    while (work.next()) {
+      consumer.multiply(acc, work.to - work.from);
+      if (work.from > 0) {
+        Partials<T>::store(p, acc, ring.extra_barrier(), warp, lane);
+        continue;
+      }
+      for (int share = Work::share(), done = work.to; done < p.steps;) {
+        Partials<T>::add(consumer, acc, warp, lane);
+        done += Work::share_steps(p, ++share);
+      }
+      int row0, token0;
+      place_tile<T>(p, work.tile, row0, token0);
+#pragma unroll
+      for (int b = 0; b < T::BLOCKS; b++) {
+        const int row = row0 + (strip0 + b) * 64 + warp % 4 * 16;
+        if (row >= p.n) continue;
+        store_slab<Types, T::TOKENS>(p, acc[b], SlabBias::load<Types>(p, row, lane), row, token0, lane);
+      }
+    }
+  }
+}
+
+}  // namespace machete
