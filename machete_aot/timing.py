@@ -104,7 +104,8 @@ class Weights:
     """One weight shape, quantised, in as many copies of other values as it takes to keep L2 cold.
 
     ``copies``: w_q int32 [ceil(K / 8), N] of u4b8 codes in GPTQ order, and scales [ceil(K / group), N] in ``dtype``.
-    ``group`` -1 is one group over K. Every implementation that is timed multiplies by these values.
+    ``group`` -1 is one group over K. Every implementation that is timed multiplies by these values, in 16 bits by the
+    first ``plain_copies``.
     """
 
     n: int
@@ -112,23 +113,23 @@ class Weights:
     group: int
     dtype: torch.dtype
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    plain_copies: int
 
     @staticmethod
     def make(
         n: int, k: int, group: int, dtype: torch.dtype, device: str = "cuda", copies: int | None = None
     ) -> Weights:
-        """Random codes, each equally frequent, and positive scales. ``copies``: None makes COLD_BYTES of them."""
+        """Random codes, each equally frequent, and positive scales.
+
+        ``copies``: None makes as many as keep L2 cold, fewer of them in 16 bits; a number makes so many of both.
+        """
         groups = 1 if group == -1 else math.ceil(k / group)
         made = []
         for _ in range(_cold_copies(n * k / 2) if copies is None else copies):
             words = torch.randint(-(2**31), 2**31, (math.ceil(k / 8), n), dtype=torch.int32, device=device)
             made.append((words, (torch.rand(groups, n, device=device) * 0.03 + 0.002).to(dtype)))
-        return Weights(n, k, group, dtype, tuple(made))
-
-    @property
-    def plain_copies(self) -> int:
-        """How many copies in 16 bits keep L2 cold."""
-        return min(_cold_copies(2 * self.n * self.k), len(self.copies))
+        plain = min(_cold_copies(2 * n * k), len(made)) if copies is None else len(made)
+        return Weights(n, k, group, dtype, tuple(made), plain)
 
     def prepacked(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each copy as ``machete_aot.gemm`` takes it: prepacked, scales."""

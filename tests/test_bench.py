@@ -251,6 +251,7 @@ def test_copies_are_cold_and_different() -> None:
     weights = Weights.make(2048, 2048, 128, torch.float16, "cpu")
     assert len(weights.copies) * 2048 * 2048 / 2 >= timing.COLD_BYTES
     assert weights.plain_copies * 2048 * 2048 * 2 >= timing.COLD_BYTES
+    assert Weights.make(64, 64, 128, torch.float16, "cpu", copies=3).plain_copies == 3  # each layer of a chain its own
     (first, scales), (second, _) = weights.copies[:2]
     assert first.shape == (256, 2048) and scales.shape == (16, 2048) and scales.dtype == torch.float16
     assert not torch.equal(first, second)
