@@ -31,6 +31,8 @@ DEVIATION_ZERO = 79  # the character of no deviation, in the middle of the print
 MOST_DEVIATION = 44  # percent; keeps clear of the quotation mark
 NOT_MEASURED = "!"
 
+_LEAST, _MOST = chr(DEVIATION_ZERO - MOST_DEVIATION), chr(DEVIATION_ZERO + MOST_DEVIATION)
+_DEVIATIONS = re.compile(f"[{NOT_MEASURED}{re.escape(_LEAST)}-{re.escape(_MOST)}]*\\Z")
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,126}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _FAMILIES = ("stream", "flat")
@@ -160,7 +162,7 @@ def _measured_violations(measured: Measured) -> Iterator[str]:
     for schedule, text in measured.deviations.items():
         if len(text) != len(measured.products):
             yield f"{schedule[:200]!r} has {len(text)} deviations for {len(measured.products)} products"
-        elif any(c != NOT_MEASURED and abs(ord(c) - DEVIATION_ZERO) > MOST_DEVIATION for c in text):
+        elif not _DEVIATIONS.match(text):
             yield f"{schedule[:200]!r} has a deviation of over {MOST_DEVIATION} percent"
 
 
