@@ -5,7 +5,6 @@ Weights are rearranged once, ``b = machete_aot.prepack_b(w_q, machete_aot.u4b8)`
 ``out = machete_aot.gemm(a, b, machete_aot.u4b8, b_scales)``.
 """
 
-from . import reference
 from .bundle import Bundle
 from .errors import (
     ArgumentError,
@@ -25,11 +24,26 @@ from .errors import (
     UntrustedError,
 )
 from .fetch import fetch_bundle, use_bundle
-from .overlap import set_overlap
-from .prepack import prepack_b, unpack_b
-from .product import explain, gemm, supported_schedules, warmup
 from .scalar_type import ScalarType, u4, u4b8, u8, u8b128
 from .version import __version__
+
+try:
+    from . import reference
+    from .overlap import set_overlap
+    from .prepack import prepack_b, unpack_b
+    from .product import explain, gemm, supported_schedules, warmup
+except ModuleNotFoundError as error:  # bundles can be built, verified and mirrored without torch
+    if error.name != "torch":
+        raise
+    _NEED_TORCH = frozenset(
+        ["explain", "gemm", "prepack_b", "reference", "set_overlap", "supported_schedules", "unpack_b", "warmup"]
+    )
+
+    def __getattr__(name: str) -> object:
+        if name in _NEED_TORCH:
+            raise ImportError(f"machete_aot.{name} needs torch, which is not installed; pip install torch")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ArgumentError",

@@ -104,6 +104,26 @@ except machete_aot.DeviceError as error:
     assert "pip install" in python(code, tmp_path)
 
 
+def test_import_without_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import machete_aot, build_kernels.__main__
+assert machete_aot.fetch_bundle().verify() == []
+for name in machete_aot.__all__:
+    try:
+        getattr(machete_aot, name)
+    except ImportError as error:
+        print(name, "pip install torch" in str(error))
+try:
+    machete_aot.nothing
+except AttributeError:
+    print("nothing")
+"""
+    names = ("explain", "gemm", "prepack_b", "reference", "set_overlap", "supported_schedules", "unpack_b", "warmup")
+    assert python(code, tmp_path).split("\n") == [*(f"{name} True" for name in names), "nothing", ""]
+
+
 def test_import_takes_no_network_and_few_modules(tmp_path: Path) -> None:
     code = """
 import torch, sys
