@@ -5,44 +5,50 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from machete_aot.errors import MacheteError
 
-from . import abi
-from .catalogue import specializations
+from . import abi, catalogue_page, diff, plan, shards
+from .catalogue import schedules, specializations
 from .check import check_kernels
 from .compile import compile_kernels
 from .configs import Specialization
-from .errors import BuildError
-from .paths import RACECHECK
+from .errors import BuildError, ToolchainError
+from .paths import BUILD, RACECHECK
 from .release import release
 from .reproduce import reproduce
+from .toolchain import find_tools
 
 _EPILOG = """\
-exit status: 0 done; 1 a kernel does not compile, fails a check or differs from the bundle, or gemm_params.h is out of
-date; 2 wrong usage; 3 a tool is missing or has the wrong version. MACHETE_AOT_NVCC names the nvcc to use.
+exit status: 0 done; 1 a kernel does not compile, fails a check or differs from the bundle, gemm_params.h or
+docs/catalogue.md is out of date, shards do not fit together, or with `diff --exit-code` two bundles differ; 2 wrong
+usage; 3 a tool is missing or has the wrong version. MACHETE_AOT_NVCC names the nvcc to use.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.run
+    command: Callable[[argparse.Namespace], int | None] = options.run
     started = time.monotonic()
     try:
-        command(options)
+        status = command(options)
     except BuildError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_status
     except MacheteError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    print(f"done in {time.monotonic() - started:.1f} s")
-    return 0
+    if not getattr(options, "json", False):
+        print(f"done in {time.monotonic() - started:.1f} s")
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_build)
     commands = parser.add_subparsers(title="commands (default: build)", metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
         command.set_defaults(run=run)
         return command
@@ -70,19 +76,46 @@ def _parser() -> argparse.ArgumentParser:
     amount.add_argument("--all", action="store_true", help="every kernel")
     again.add_argument("--seed", type=int, default=0, metavar="S", help="chooses the sample (default 0)")
     _add_jobs(again)
+    _add_maintenance(add)
     return parser
 
 
+def _add_maintenance(
+    add: Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser],
+) -> None:
+    _add_selection(add("plan", _plan, "say what a build would compile, and for how long; compile nothing"))
+    compared = add("diff", _diff, "say what differs between two bundles")
+    for name in ("old", "new"):
+        compared.add_argument(
+            name,
+            metavar=name.upper(),
+            help="a bundle's file, a folder with one, `embedded`, or `REVISION:`, the one embedded in a git revision",
+        )
+    compared.add_argument("--exit-code", action="store_true", help="end with status 1 if they differ")
+    compared.add_argument("--json", action="store_true", help="print JSON")
+    merged = add("merge", _merge, "check the kernels of all shards and write the embedded bundle")
+    merged.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="a folder that holds one shard or several")
+    _add_jobs(merged)
+    _add_unfitted(merged)
+    page = add("catalogue", _catalogue, "write docs/catalogue.md from the embedded bundle")
+    page.add_argument("--check", action="store_true", help="only say whether it is up to date")
+
+
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
-    _add_selection(parser)
+    _add_selection(parser).add_argument(
+        "--shard", type=shards.parse_shard, metavar="I/N", help="only every N-th kernel from the I-th on, for `merge`"
+    )
     _add_unfitted(parser)
 
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_selection(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Adds --only and --jobs; returns the group of options that cannot be combined with --only."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--only", metavar="PATTERN", help="only kernels whose id contains or (*, ?) matches it; no bundle is written"
     )
     _add_jobs(parser)
+    return group
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
@@ -114,12 +147,17 @@ def _chosen(pattern: str | None) -> tuple[Specialization, ...]:
 
 
 def _build(options: argparse.Namespace) -> None:
-    kernels = _chosen(options.only)
+    kernels = _chosen(options.only) if options.shard is None else options.shard.choose(specializations())
+    if options.shard is not None:
+        shards.forget_shard(options.shard, BUILD)
     if not abi.header_is_current():
         raise BuildError(f"{abi.HEADER} is out of date; run `python -m build_kernels abi`")
     print(f"compiling {len(kernels)} kernels", flush=True)
     compile_kernels(kernels, jobs=options.jobs)
-    if options.only is None:
+    if options.shard is not None:
+        check_kernels(kernels, jobs=options.jobs)
+        print(f"{len(kernels)} kernels pass their checks; wrote {shards.write_shard(options.shard, kernels, BUILD)}")
+    elif options.only is None:
         _pack(options)
     else:
         _check(options)
@@ -134,9 +172,47 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    reports = check_kernels(specializations(), jobs=options.jobs)
-    path = release(reports, allow_unfitted=options.allow_unfitted)
-    print(f"{len(reports)} kernels pass their checks; wrote {path}, {path.stat().st_size} bytes")
+    _pack_from(BUILD, options)
+
+
+def _pack_from(folder: Path, options: argparse.Namespace) -> None:
+    reports = check_kernels(specializations(), folder, jobs=options.jobs)
+    path = release(reports, folder, allow_unfitted=options.allow_unfitted)
+    page = catalogue_page.write_page(diff.open_named(str(path)))
+    print(f"{len(reports)} kernels pass their checks; wrote {path}, {path.stat().st_size} bytes, and {page}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="machete-aot-") as folder:
+        shards.merge_shards(options.folders, specializations(), Path(folder))
+        _pack_from(Path(folder), options)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    kernels = _chosen(options.only)
+    print(plan.table(kernels, schedules()))
+    try:
+        found = plan.make_plan(kernels, find_tools())
+    except ToolchainError as e:
+        found = plan.Plan(kernels, frozenset(k.id for k in kernels))
+        print(f"nothing counts as up to date, because there is no compiler to build with: {e}")
+    count = len(found.outdated)
+    print(f"{len(kernels)} kernels, {len(kernels) - count} up to date in {BUILD}, {count} to compile")
+    print(f"about {found.seconds(options.jobs):.0f} s with {options.jobs} jobs, each on a core of its own")
+
+
+def _diff(options: argparse.Namespace) -> int:
+    found = diff.compare(diff.open_named(options.old), diff.open_named(options.new))
+    print(json.dumps(diff.as_json(found), indent=2, sort_keys=True) if options.json else diff.as_text(found))
+    return int(options.exit_code and not found.identical)
+
+
+def _catalogue(options: argparse.Namespace) -> None:
+    bundle = diff.open_named(diff.EMBEDDED)
+    if options.check:
+        catalogue_page.check_page(bundle)
+    else:
+        print(f"wrote {catalogue_page.write_page(bundle)}")
 
 
 def _racecheck(options: argparse.Namespace) -> None:

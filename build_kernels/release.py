@@ -29,6 +29,11 @@ def manifest_path(folder: Path = MANIFESTS) -> Path:
     return folder / f"{NAME}-{ARCH}-{__version__}.json"
 
 
+def toolchain() -> Toolchain:
+    """What the kernels of this checkout are compiled with, as the manifest records it."""
+    return Toolchain(CUDA_VERSION, CUDA_VERSION, CUTLASS_VERSION, FLAGS)
+
+
 def release(
     reports: Mapping[str, Report],
     folder: Path = BUILD,
@@ -43,9 +48,8 @@ def release(
     """
     products = [Product(k, reports[k.id], (folder / f"{k.id}.cubin").read_bytes()) for k in specializations()]
     heuristic = fitted_to(read_heuristic(), served(products, schedules()), allow_unfitted=allow_unfitted)
-    toolchain = Toolchain(CUDA_VERSION, CUDA_VERSION, CUTLASS_VERSION, FLAGS)
     bundle, manifest = write_bundle(
-        products, Release(__version__, ARCH, toolchain, source_digest(), schedules(), heuristic)
+        products, Release(__version__, ARCH, toolchain(), source_digest(), schedules(), heuristic)
     )
     data.mkdir(parents=True, exist_ok=True)
     manifests.mkdir(parents=True, exist_ok=True)

@@ -6,17 +6,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from build_kernels import catalogue_page
 from build_kernels.catalogue import schedules, specializations
-from build_kernels.errors import ToolchainError
+from build_kernels.errors import BuildError, ToolchainError
 from build_kernels.paths import MANIFESTS
 from build_kernels.release import manifest_path
 from build_kernels.reproduce import reproduce
 from build_kernels.sources import source_digest
 from build_kernels.toolchain import FLAGS, find_tools
-from machete_aot.bundle import Bundle
+from machete_aot.bundle import Bundle, MemoryData
 from machete_aot.fetch import fetch_bundle, pins
 from machete_aot.manifest import dump_manifest
 from machete_aot.record import check_record
@@ -57,6 +60,35 @@ def test_kernels_are_without_spills_and_schedules_with_coefficients(bundle: Bund
     for table in manifest.heuristic.tables:
         for types in manifest.types:
             assert set(table.coefficients.get(types.name, {})) == {s.name for s in manifest.schedules_for(types)}
+
+
+def test_the_page_of_the_catalogue_is_current(bundle: Bundle) -> None:
+    catalogue_page.check_page(bundle)
+
+
+def test_the_page_of_the_catalogue_shows_what_the_manifest_says(bundle: Bundle, tmp_path: Path) -> None:
+    manifest = bundle.manifest
+    text = catalogue_page.render_page(bundle)
+    for kernel in manifest.kernels:
+        assert f"`{kernel.tile.name}` |" in text and f"{kernel.cubin.size:,} |" in text
+    for line in (text for text in text.splitlines() if text.startswith(("| `stream", "| `flat"))):
+        name = line.split("`")[1]
+        kernels = [k for k in manifest.kernels if k.tile.name == name]
+        numbers = [cell.strip() for cell in line.split("|")[2:-1]]
+        if len(numbers) == 2 * len(kernels):
+            assert numbers == [f"{n:,}" for k in kernels for n in (k.frame.length, k.cubin.size)]
+        else:
+            endings = [s.name.removeprefix(name) for s in manifest.schedules if s.tile == name]
+            assert numbers[7:] == [*(str(k.registers) for k in kernels), " ".join(f"`{e}`" for e in endings)]
+    page = tmp_path / "catalogue.md"
+    with pytest.raises(BuildError, match="out of date"):
+        catalogue_page.check_page(bundle, page)
+    catalogue_page.check_page(bundle, catalogue_page.write_page(bundle, page))
+    first = manifest.kernels[0]
+    other = replace(manifest, kernels=(replace(first, registers=first.registers + 8), *manifest.kernels[1:]))
+    changed = Bundle(MemoryData(bundle.to_bytes()), other, bundle.manifest_bytes, "a test")
+    with pytest.raises(BuildError, match="out of date"):
+        catalogue_page.check_page(changed, page)
 
 
 def test_a_sample_compiles_to_the_same_digests(bundle: Bundle) -> None:
