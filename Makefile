@@ -10,7 +10,7 @@ PROJECT := $(PIP) --no-build-isolation --editable
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint check bundle clean
+.PHONY: help demo test gpu-test lint check bundle docker-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -31,6 +31,9 @@ check: lint test ## lint and test
 
 bundle: $(VENV)/test.stamp ## compile the kernels and write the embedded bundle, its manifest and its pin
 	$(PY) -m build_kernels
+
+docker-check: ## build bundle, manifest and wheel in a container, into dist, and compare them; needs docker or buildah
+	tools/docker_check.sh
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

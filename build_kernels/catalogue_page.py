@@ -59,6 +59,7 @@ def check_page(bundle: Bundle, path: Path = PAGE) -> None:
 
 def write_page(bundle: Bundle, path: Path = PAGE) -> Path:
     """Writes the page and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # a container build has no docs
     path.write_text(render_page(bundle))
     return path
 
