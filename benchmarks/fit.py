@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -118,7 +119,7 @@ def regret(rows: Iterable[dict[str, Any]], table: HeuristicTable, label: str) ->
         }
         chosen, best = min(times, key=lambda name: times[name]), min(measured, key=lambda name: measured[name])
         losses.append((measured[chosen] / measured[best], types, product, chosen, best))
-    mean = math.exp(sum(math.log(loss[0]) for loss in losses) / len(losses))
+    mean = statistics.geometric_mean(loss[0] for loss in losses)
     over = sum(loss[0] > 1.05 for loss in losses)
     print(f"{label}: chosen / best {mean:.3f} in the geometric mean, over 1.05 in {over} of {len(losses)}; the worst:")
     for slowdown, types, product, chosen, best in sorted(losses, reverse=True)[:8]:

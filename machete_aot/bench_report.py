@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,7 +79,7 @@ def _ratios(rows: Iterable[Row], name: str) -> list[float]:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return round(math.exp(sum(map(math.log, values)) / len(values)), 5) if values else None
+    return round(statistics.geometric_mean(values), 5) if values else None
 
 
 def notes(rows: Iterable[Row], missing: Mapping[str, str]) -> list[str]:

@@ -25,7 +25,7 @@ from .config import UNIT_K, TileConfig, TypeConfig, ceil_div
 from .errors import ArgumentError, UnsupportedError
 from .manifest import Manifest, ScheduleInfo
 from .part import Part
-from .selection import Candidate, Explanation
+from .selection import ByIdentity, Candidate, Explanation
 
 REPRESENTATIVE_M = (1, 16, 64, 256, 1024, 4096)
 
@@ -112,7 +112,7 @@ def choose_order(manifest: Manifest, types_name: str, n: int, k: int, part: Part
     it are compared, or all of them if none does. Cached. Raises UnsupportedError if no fitted schedule has an order
     that is independent of M.
     """
-    return _choose_order(_ByIdentity(manifest), types_name, n, k, part)
+    return _choose_order(ByIdentity(manifest), types_name, n, k, part)
 
 
 def select(manifest: Manifest, types_name: str, m: int, n: int, k: int, part: Part) -> ScheduleInfo:
@@ -174,22 +174,9 @@ def _percent(ratio: float) -> str:
     return f"{ratio - 1:+.0%}"
 
 
-class _ByIdentity:
-    """A manifest as the key of a cache: it has no hash of its own, and comparing two takes long."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-
-    def __hash__(self) -> int:
-        return id(self.manifest)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and self.manifest is other.manifest
-
-
 @functools.lru_cache(maxsize=1024)
-def _choose_order(key: _ByIdentity, types_name: str, n: int, k: int, part: Part) -> Choice:
-    manifest = key.manifest
+def _choose_order(key: ByIdentity[Manifest], types_name: str, n: int, k: int, part: Part) -> Choice:
+    manifest = key.value
     free = {m: _fastest_us(manifest, types_name, m, n, k, part) for m in REPRESENTATIVE_M}
     choices = []
     for order, names in _orders(manifest, types_name, k, part).items():

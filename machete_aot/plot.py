@@ -7,7 +7,7 @@ The package ``matplotlib`` is needed only here, and comes with the extra "bench"
 from __future__ import annotations
 
 import importlib
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,5 +96,5 @@ def _means(shapes: Sequence[Curves]) -> Curves:
     for name in names:
         found = [curves.get(name, {}) for curves in shapes]
         common = [m for m in found[0] if all(m in times for times in found)]
-        means[name] = {m: math.exp(sum(math.log(times[m]) for times in found) / len(found)) for m in common}
+        means[name] = {m: statistics.geometric_mean(times[m] for times in found) for m in common}
     return means

@@ -27,7 +27,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .config import ScheduleConfig, ceil_div
 from .errors import UnsupportedError
@@ -98,6 +98,22 @@ class Explanation:
 def traffic(m: int, n: int, k: int, weight_bits: int = 4, group: int = 128) -> int:
     """Bytes that a product must move at least: packed weights, 16-bit scales, activations and output, each once."""
     return n * k * weight_bits // 8 + ceil_div(k, group) * n * 2 + 2 * m * (n + k)
+
+
+Value = TypeVar("Value")
+
+
+class ByIdentity(Generic[Value]):
+    """A part of a manifest as the key of a cache: it has no hash of its own, and comparing two takes long."""
+
+    def __init__(self, value: Value) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByIdentity) and self.value is other.value
 
 
 class Work(NamedTuple):
@@ -180,15 +196,12 @@ def table_for(manifest: Manifest, part: Part) -> HeuristicTable:
         )
     balance = math.log(part.peak_bytes_per_us / (part.clock_mhz * part.sms))
     near = min(tables, key=lambda t: abs(math.log(t.peak_bytes_per_us / (t.clock_mhz * t.sms)) - balance))
-    return _scaled(near, part)
+    return _scaled(ByIdentity(near), part)
 
 
-@functools.lru_cache(maxsize=64)
-def _clock_scaled(coefficients: tuple[tuple[str, float], ...], scale: float) -> dict[str, float]:
-    return {name: value * scale if name in CLOCK_BOUND else value for name, value in coefficients}
-
-
-def _scaled(table: HeuristicTable, part: Part) -> HeuristicTable:
+@functools.lru_cache(maxsize=16)
+def _scaled(key: ByIdentity[HeuristicTable], part: Part) -> HeuristicTable:
+    table = key.value
     clock, memory = table.clock_mhz / part.clock_mhz, part.peak_bytes_per_us / table.peak_bytes_per_us
     return dataclasses.replace(
         table,
@@ -197,10 +210,14 @@ def _scaled(table: HeuristicTable, part: Part) -> HeuristicTable:
         device=part.name,
         bytes_per_us=table.bytes_per_us * memory,
         coefficients={
-            types: {name: _clock_scaled(tuple(found.items()), clock) for name, found in schedules.items()}
+            types: {name: _clock_scaled(found, clock) for name, found in schedules.items()}
             for types, schedules in table.coefficients.items()
         },
     )
+
+
+def _clock_scaled(coefficients: Mapping[str, float], scale: float) -> dict[str, float]:
+    return {name: value * scale if name in CLOCK_BOUND else value for name, value in coefficients.items()}
 
 
 def corrections(measured: Measured, product: tuple[int, int, int]) -> dict[str, float]:
