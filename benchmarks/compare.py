@@ -27,9 +27,10 @@ from machete_aot.bench import CUBLAS, Plan, Row, Timing, require_gpu
 from machete_aot.bench_report import run_and_print
 from machete_aot.peers import PEERS
 from machete_aot.prepack import A_DTYPES
+from machete_aot.timing import KINDS
 
 FIGURES = Path(__file__).with_name("peers_h100.json")
-FIGURES_GROUP = 128  # of FIGURES
+FIGURES_GROUP, FIGURES_WEIGHTS = 128, "u4b8"  # of FIGURES
 
 Figures = Mapping[tuple[int, int, int], Mapping[str, float]]  # (m, n, k) -> name -> microseconds
 
@@ -43,9 +44,9 @@ def load_figures(document: Mapping[str, Any]) -> Figures:
     }
 
 
-def comparable(device_name: str, group: int) -> bool:
+def comparable(device_name: str, group: int, weights: str = FIGURES_WEIGHTS) -> bool:
     """Whether the figures may be scaled to a run on such a device."""
-    return re.search(r"\bH100\b", device_name) is not None and group == FIGURES_GROUP
+    return re.search(r"\bH100\b", device_name) is not None and (group, weights) == (FIGURES_GROUP, FIGURES_WEIGHTS)
 
 
 def with_scaled(row: Row, figures: Figures) -> Row:
@@ -66,22 +67,24 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", "--types", default="bf16", choices=list(A_DTYPES))
+    parser.add_argument("--weights", default="u4b8", choices=list(KINDS))
     parser.add_argument("--group", type=int, default=128)
     options = parser.parse_args()
     require_gpu()
     document = json.loads(FIGURES.read_text())
     shapes = tuple((shape["n"], shape["k"]) for shape in document["shapes"])
-    plan = Plan(shapes, tuple(document["tokens"]), A_DTYPES[options.dtype], options.group)
+    kind = KINDS[options.weights]
+    plan = Plan(shapes, tuple(document["tokens"]), A_DTYPES[options.dtype], options.group, weights=kind)
     figures = load_figures(document)
-    scales = comparable(torch.cuda.get_device_name(), options.group)
+    scales = comparable(torch.cuda.get_device_name(), options.group, options.weights)
     adjust = partial(with_scaled, figures=figures) if scales else None
     run_and_print(
         plan, tuple(PEERS), shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]), options.out, adjust
     )
     if scales:
-        print(f"~: scaled from {FIGURES.name} (bf16, group {FIGURES_GROUP}) by cuBLAS's time")
+        print(f"~: scaled from {FIGURES.name} (bf16, {FIGURES_WEIGHTS}, group {FIGURES_GROUP}) by cuBLAS's time")
     else:
-        print(f"{FIGURES.name} is of an H100 and group {FIGURES_GROUP}: not scaled to this run")
+        print(f"{FIGURES.name} is of an H100, {FIGURES_WEIGHTS} and group {FIGURES_GROUP}: not scaled to this run")
 
 
 if __name__ == "__main__":

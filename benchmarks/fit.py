@@ -24,9 +24,9 @@ from typing import Any
 
 from scipy.optimize import minimize
 
-from build_kernels.catalogue import schedules
+from build_kernels.catalogue import TYPES, schedules, typed_schedules
 from build_kernels.paths import HEURISTIC
-from machete_aot.config import ScheduleConfig
+from machete_aot.config import ScheduleConfig, TypeConfig
 from machete_aot.manifest import HeuristicTable, Measured
 from machete_aot.manifest_rules import DEVIATION_ZERO, MOST_DEVIATION, NOT_MEASURED
 from machete_aot.selection import COEFFICIENTS, Work, corrections, predict, times_us, work_of
@@ -36,6 +36,7 @@ STARTS = ((2.0, 0.5, 0.3, 0.4), (1.0, 1.0, 0.1, 0.6), (3.0, 0.2, 0.6, 0.2))  # o
 GIVE_US, WAVE, MEMORY_RATE = 1.0, 0.7, 1.0  # start of the others
 PULL = 1e-3
 NEARNESS = 2  # a time counts (best / time) ** NEARNESS
+KNOWN = {types.name: types for types in TYPES}
 Fitted = dict[str, dict[str, dict[str, float]]]  # types, schedule, coefficient
 Point = tuple[Work, float, float]  # what the model sees, measured microseconds, weight
 
@@ -44,13 +45,13 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def points_of(rows: Iterable[dict[str, Any]], types: str, schedule: ScheduleConfig, sms: int) -> list[Point]:
+def points_of(rows: Iterable[dict[str, Any]], types: TypeConfig, schedule: ScheduleConfig, sms: int) -> list[Point]:
     """The measured products of these types that the schedule suits."""
     points = []
     for row in rows:
         time = row["us"].get(schedule.name)
-        if row["types"] == types and time and schedule.tile.suits(row["m"]):
-            work = work_of(schedule, (row["m"], row["n"], row["k"]), sms)
+        if row["types"] == types.name and time and schedule.tile.suits(row["m"]):
+            work = work_of(schedule, types, (row["m"], row["n"], row["k"]), sms)
             points.append((work, time, (min(row["us"].values()) / time) ** NEARNESS))
     return points
 
@@ -84,11 +85,15 @@ def fit(points: Sequence[Point], bandwidth: float) -> dict[str, float]:
 
 
 def measured_of(
-    rows: Iterable[dict[str, Any]], types: str, fitted: Mapping[str, Mapping[str, float]], sms: int, bandwidth: float
+    rows: Iterable[dict[str, Any]],
+    types: TypeConfig,
+    fitted: Mapping[str, Mapping[str, float]],
+    sms: int,
+    bandwidth: float,
 ) -> Measured:
     """What the model misses at the measured products of these types."""
     known = {s.name: s for s in schedules()}
-    rows = [row for row in rows if row["types"] == types]
+    rows = [row for row in rows if row["types"] == types.name]
     texts: dict[str, str] = {name: "" for name in fitted}
     for row in rows:
         product = (row["m"], row["n"], row["k"])
@@ -96,7 +101,7 @@ def measured_of(
             if name not in row["us"] or not known[name].tile.suits(row["m"]):
                 texts[name] += NOT_MEASURED
                 continue
-            model = predict(known[name], product, sms, coefficients, bandwidth).time_us
+            model = predict(known[name], types, product, sms, coefficients, bandwidth).time_us
             percent = round(100 * math.log(row["us"][name] / model))
             texts[name] += chr(DEVIATION_ZERO + max(-MOST_DEVIATION, min(MOST_DEVIATION, percent)))
     return Measured(tuple((row["m"], row["n"], row["k"]) for row in rows), texts)
@@ -112,7 +117,7 @@ def regret(rows: Iterable[dict[str, Any]], table: HeuristicTable, label: str) ->
         measured = {name: us for name, us in row["us"].items() if name in coefficients}
         times = {
             name: predict(
-                known[name], product, table.sms, coefficients[name], table.bytes_per_us, factors[name]
+                known[name], KNOWN[types], product, table.sms, coefficients[name], table.bytes_per_us, factors[name]
             ).time_us
             for name in measured
             if known[name].tile.suits(row["m"])
@@ -127,9 +132,25 @@ def regret(rows: Iterable[dict[str, Any]], table: HeuristicTable, label: str) ->
 
 
 def write_table(path: Path, table: HeuristicTable) -> None:
-    """Writes a device's table beside those of other devices that the file has."""
+    """Writes a device's table beside those of other devices that the file has; types that it lacks keep what they have.
+
+    Those must have been fitted with the same bandwidth: a table has one.
+    """
     others = json.loads(path.read_text())["tables"] if path.is_file() else []
-    tables = [other for other in others if other["device"] != table.device] + [dataclasses.asdict(table)]
+    made = dataclasses.asdict(table)
+    for other in (other for other in others if other["device"] == table.device):
+        kept = [types for types in other["coefficients"] if types not in table.coefficients]
+        if kept and any(
+            other[name] != made[name] for name in ("sms", "bytes_per_us", "clock_mhz", "peak_bytes_per_us")
+        ):
+            raise SystemExit(
+                f"{path} has {', '.join(kept)} of another {table.device}: fit all types from sweeps of one"
+            )
+        for part in ("coefficients", "measured"):
+            made[part] |= {types: other[part][types] for types in kept if types in other[part]}
+        if kept and other["source"] != made["source"]:
+            made["source"] = f"{made['source']}; {', '.join(kept)}: {other['source']}"
+    tables = [other for other in others if other["device"] != table.device] + [made]
     document = {"version": 2, "tables": sorted(tables, key=lambda t: str(t["device"]))}
     path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
@@ -147,10 +168,9 @@ def main() -> None:
     fitted: Fitted = {types: {} for types in sorted({row["types"] for row in rows})}
     with ProcessPoolExecutor() as pool:
         jobs = {}
-        for types in fitted:
-            for schedule in schedules():
-                if points := points_of(rows, types, schedule, device["sms"]):
-                    jobs[types, schedule.name] = pool.submit(fit, points, bandwidth)
+        for types, schedule in typed_schedules():
+            if points := points_of(rows, types, schedule, device["sms"]):
+                jobs[types.name, schedule.name] = pool.submit(fit, points, bandwidth)
         for (types, name), job in jobs.items():
             fitted[types][name] = job.result()
     table = HeuristicTable(
@@ -161,7 +181,7 @@ def main() -> None:
         peak_bytes_per_us=device["peak_bytes_per_us"],
         bytes_per_us=bandwidth,
         coefficients=fitted,
-        measured={t: measured_of(rows, t, found, device["sms"], bandwidth) for t, found in fitted.items()},
+        measured={t: measured_of(rows, KNOWN[t], found, device["sms"], bandwidth) for t, found in fitted.items()},
     )
     write_table(options.out, table)
     regret(rows, table, "fitted")

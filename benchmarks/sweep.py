@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 import machete_aot as machete
+from build_kernels.catalogue import SYMMETRIC, TYPES
 from machete_aot import driver
 from machete_aot.bench_report import as_lines
-from machete_aot.timing import Layer, alternate_us
+from machete_aot.config import TypeConfig
+from machete_aot.prepack import A_DTYPES
+from machete_aot.timing import KINDS, Layer, WeightKind, alternate_us
 
 SHAPES = (
     (4096, 4096),
@@ -48,28 +51,31 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 HELD_OUT_SHAPES = ((5120, 5120), (3072, 8192), (18944, 3584))
 HELD_OUT_TOKENS = (4, 24, 48, 96, 192, 384, 2048)
 ROUNDS = 3
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def kind_of(types: TypeConfig) -> WeightKind:
+    """Weights that kernels of these types multiply, and no better ones; floating zeros where they take any."""
+    zeros = {"none": "none", "int": "int"}.get(types.zeros, "float")
+    return next(kind for kind in KINDS.values() if (kind.b_type.name, kind.zeros) == (types.b, zeros))
 
 
 def sweep(
-    types: str, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], group: int
+    types: TypeConfig, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], group: int
 ) -> Iterator[list[dict[str, Any]]]:
     """For each shape, one row a product: {"types", "m", "n", "k", "group", "cublas_us", "us": {schedule: us}}."""
-    manifest = machete.fetch_bundle().manifest
-    tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels}
+    manifest, kind = machete.fetch_bundle().manifest, kind_of(types)
+    tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels_for(types)}
     for n, k in shapes:
         rows = []
-        layer = Layer.make(n, k, group, DTYPES[types])
+        layer = Layer.make(n, k, group, A_DTYPES[types.a], kind)
         for m in tokens:
-            names = [s.name for s in manifest.schedules if tiles[s.tile].suits(m)]
+            names = [s.name for s in manifest.schedules_for(types) if tiles[s.tile].suits(m)]
             graphs = [layer.cublas_graph(m), *(layer.gemm_graph(m, name) for name in names)]
             cublas, *ours = (round(us, 3) for us in alternate_us(graphs, ROUNDS))
             times = dict(zip(names, ours, strict=True))
             best = min(times, key=lambda name: times[name])
-            rows.append(
-                {"types": f"{types}_u4b8", "m": m, "n": n, "k": k, "group": group, "cublas_us": cublas, "us": times}
-            )
-            print(f"{types} {n} x {k}  M={m}: {times[best]:.2f} us {best}, cuBLAS {cublas:.2f}", flush=True)
+            rows.append({"types": types.name, "m": m, "n": n, "k": k, "group": group, "cublas_us": cublas, "us": times})
+            print(f"{types.name} {n} x {k}  M={m}: {times[best]:.2f} us {best}, cuBLAS {cublas:.2f}", flush=True)
         del layer
         torch.cuda.empty_cache()
         yield rows
@@ -83,7 +89,9 @@ def _span(text: str) -> slice:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--types", nargs="+", default=["bf16", "fp16"], choices=sorted(DTYPES))
+    known = {types.name: types for types in TYPES}
+    default = [types.name for types in SYMMETRIC]
+    parser.add_argument("--types", nargs="+", default=default, choices=list(known), help="of kernels")
     parser.add_argument("--held-out", action="store_true", help="the products that the fit never sees")
     parser.add_argument(
         "--shapes", type=_span, default=slice(None), help="only the first N shapes, or those from A to B: A:B"
@@ -99,7 +107,7 @@ def main() -> None:
         "rows": [],
     }
     for types in options.types:
-        for rows in sweep(types, shapes, tokens, 128):
+        for rows in sweep(known[types], shapes, tokens, 128):
             record["rows"] += rows
             options.out.write_text(as_lines(record))  # after every shape, so that an interrupted run is not lost
 

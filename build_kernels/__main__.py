@@ -16,7 +16,7 @@ from pathlib import Path
 from machete_aot.errors import MacheteError
 
 from . import abi, catalogue_page, diff, plan, shards
-from .catalogue import schedules, specializations
+from .catalogue import specializations, typed_schedules
 from .check import check_kernels
 from .compile import compile_kernels
 from .configs import Specialization
@@ -190,7 +190,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     kernels = _chosen(options.only)
-    print(plan.table(kernels, schedules()))
+    print(plan.table(kernels, typed_schedules()))
     try:
         found = plan.make_plan(kernels, find_tools())
     except ToolchainError as e:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is built: the types, the tiles and the splits of K that each tile ships. Everything else follows from this file.
 
-A row is a tile (see TileConfig) and its splits. A new type needs one entry in TYPES, and its traits in
-csrc/kernels/types.cuh.
+A row is a tile (see TileConfig) and its splits. New types need an entry in one of the tuples of types below, and their
+traits in csrc/kernels/types.cuh.
 """
 
 from __future__ import annotations
@@ -13,10 +13,21 @@ from .configs import ImplConfig, Specialization
 
 ARCH = "sm90a"
 
-TYPES = (
+SYMMETRIC = (
     TypeConfig(a="bf16", b="u4b8", scale="bf16"),
     TypeConfig(a="fp16", b="u4b8", scale="fp16"),
 )
+GENERAL_4 = (
+    TypeConfig(a="bf16", b="u4", scale="bf16", zeros="float"),
+    TypeConfig(a="bf16", b="u4", scale="bf16", zeros="int"),
+    TypeConfig(a="fp16", b="u4", scale="fp16", zeros="any"),
+)
+GENERAL_8 = (
+    TypeConfig(a="bf16", b="u8", scale="bf16", zeros="float"),
+    TypeConfig(a="bf16", b="u8", scale="bf16", zeros="int"),
+    TypeConfig(a="fp16", b="u8", scale="fp16", zeros="any"),
+)
+TYPES = (*SYMMETRIC, *GENERAL_4, *GENERAL_8)
 
 
 def EVEN(ctas: int) -> int:
@@ -24,8 +35,10 @@ def EVEN(ctas: int) -> int:
     return -ctas
 
 
-# Every schedule wins somewhere in the sweeps of benchmarks/results by 2% or more, or is the cluster-free twin (split 1)
-# of one that does. Splits of K: CTAs of a cluster, or EVEN(CTAs an SM that share the product evenly).
+# Without one of these schedules some product of the sweeps in benchmarks/results would take 2% longer, or it is the
+# cluster-free twin (split 1) of such a one; but for flat 256 x 128 in clusters, kept for 1% at thousands of tokens.
+# Splits of K: CTAs of a cluster, or EVEN(CTAs an SM that share the product evenly). A row of family "flat" may end in
+# the CTAs of a cluster that share activations.
 # fmt: off
 # row   k    blocks  units  tokens  stages  CTAs     splits
 # warpgroups                                per SM   of K
@@ -33,7 +46,6 @@ STREAM = (
     ((1, 2,  1,      2,     8,      8,      2),      (1, 2)),
     ((1, 2,  1,      4,     8,      4,      2),      (1, 2)),
     ((2, 1,  1,      4,     8,      5,      2),      (1, 2, 4)),
-    ((2, 1,  1,      4,     8,      4,      2),      (1, 2)),
     ((1, 2,  1,      2,     16,     6,      2),      (1, 2)),
     ((2, 1,  1,      4,     16,     4,      2),      (1, 2, 4)),
     ((1, 2,  1,      2,     32,     4,      2),      (1, 2)),
@@ -49,30 +61,73 @@ FLAT = (
     ((2, 1,  1,      4,     16,     4,      2),      (1, EVEN(1))),
     ((2, 1,  1,      4,     32,     3,      2),      (1, EVEN(1), EVEN(2))),
     ((2, 1,  1,      2,     64,     4,      2),      (1, EVEN(1))),
-    ((1, 1,  2,      2,     64,     4,      2),      (EVEN(1),)),
     ((4, 1,  1,      2,     64,     6,      1),      (EVEN(1),)),
     ((1, 1,  2,      1,     128,    5,      2),      (EVEN(2),)),
     ((2, 1,  1,      2,     128,    5,      1),      (1, EVEN(1))),
-    ((3, 1,  1,      2,     128,    4,      1),      (1, EVEN(1))),
+    ((2, 1,  1,      2,     128,    5,      1, 2),   (EVEN(1),)),
+    ((3, 1,  1,      2,     128,    4,      1),      (1,)),
+    ((2, 1,  2,      2,     128,    4,      1),      (EVEN(1),)),
+    ((2, 1,  2,      2,     128,    4,      1, 2),   (EVEN(1),)),
+    ((2, 1,  1,      2,     256,    3,      1),      (1,)),
+    ((2, 1,  1,      2,     256,    3,      1, 2),   (EVEN(1),)),
+)
+STREAM_4 = (
+    ((1, 2,  1,      2,     8,      7,      2),      (1, 2)),
+    ((2, 1,  1,      4,     8,      4,      2),      (1, 2, 4)),
+    ((1, 2,  1,      2,     16,     5,      2),      (1, 2)),
+    ((2, 1,  1,      4,     16,     3,      2),      (1, 2)),
+    ((1, 2,  1,      2,     32,     3,      2),      (1, 2)),
+    ((2, 1,  1,      4,     32,     5,      1),      (1, 2, 4)),
+    ((1, 2,  1,      2,     64,     4,      1),      (1, 2)),
+    ((2, 1,  1,      2,     64,     7,      1),      (1, 2)),
+    ((2, 1,  1,      2,     128,    4,      1),      (1, 2)),
+)
+FLAT_4 = (
+    ((1, 1,  2,      2,     32,     6,      2),      (EVEN(2),)),
+    ((2, 1,  2,      2,     64,     6,      1),      (EVEN(1),)),
+    ((2, 1,  1,      2,     128,    5,      1),      (EVEN(1),)),
+    ((3, 1,  1,      2,     128,    4,      1),      (1,)),
     ((2, 1,  2,      2,     128,    4,      1),      (1, EVEN(1))),
     ((2, 1,  1,      2,     256,    3,      1),      (1, EVEN(1))),
+)
+# 8 bits: mostly half the units of k, so that a step has as many bytes.
+STREAM_8 = (
+    ((1, 2,  1,      2,     8,      4,      2),      (1, 2)),
+    ((2, 1,  1,      2,     8,      5,      2),      (1, 2, 4)),
+    ((1, 2,  1,      2,     16,     4,      2),      (1, 2)),
+    ((2, 1,  1,      2,     32,     8,      1),      (1, 2, 4)),
+    ((1, 2,  1,      2,     64,     4,      1),      (1, 2)),
+    ((2, 1,  1,      2,     64,     5,      1),      (1, 2)),
+    ((2, 1,  1,      2,     128,    3,      1),      (1, 2)),
+)
+FLAT_8 = (
+    ((1, 1,  2,      2,     32,     4,      2),      (EVEN(2),)),
+    ((1, 1,  2,      2,     64,     3,      2),      (1,)),
+    ((2, 1,  1,      2,     128,    4,      1),      (1, EVEN(1))),
+    ((3, 1,  1,      2,     128,    3,      1),      (1, EVEN(1))),
+    ((2, 1,  2,      2,     128,    3,      1),      (1, EVEN(1))),
 )
 # fmt: on
 
 Rows = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
-def _schedules(family: str, rows: Rows) -> tuple[ScheduleConfig, ...]:
-    return tuple(
+def _implementation(types: tuple[TypeConfig, ...], family: str, rows: Rows) -> ImplConfig:
+    schedules = [
         ScheduleConfig(TileConfig(family, *tile), max(split, 0), max(-split, 0))
         for tile, splits in rows
         for split in splits
-    )
+    ]
+    return ImplConfig(types, tuple(schedules))
 
 
 IMPLEMENTATIONS = (
-    ImplConfig(TYPES, _schedules("stream", STREAM)),
-    ImplConfig(TYPES, _schedules("flat", FLAT)),
+    _implementation(SYMMETRIC, "stream", STREAM),
+    _implementation(SYMMETRIC, "flat", FLAT),
+    _implementation(GENERAL_4, "stream", STREAM_4),
+    _implementation(GENERAL_4, "flat", FLAT_4),
+    _implementation(GENERAL_8, "stream", STREAM_8),
+    _implementation(GENERAL_8, "flat", FLAT_8),
 )
 
 
@@ -81,6 +136,11 @@ def specializations() -> tuple[Specialization, ...]:
     return tuple(sorted((s for impl in IMPLEMENTATIONS for s in impl.specializations), key=lambda s: s.id))
 
 
+def typed_schedules() -> tuple[tuple[TypeConfig, ScheduleConfig], ...]:
+    """Every schedule with each of its types, in the order of the catalogue: fewest tokens first in each family."""
+    return tuple(pair for impl in IMPLEMENTATIONS for pair in impl.typed_schedules)
+
+
 def schedules() -> tuple[ScheduleConfig, ...]:
-    """Every schedule of the bundle, in the order of the catalogue: fewest tokens first."""
-    return tuple(dict.fromkeys(s for impl in IMPLEMENTATIONS for s in impl.schedules))
+    """Every schedule of the bundle, in the same order."""
+    return tuple(dict.fromkeys(schedule for _, schedule in typed_schedules()))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from machete_aot.bundle import Bundle
-from machete_aot.config import UNIT_K, TileConfig
+from machete_aot.config import UNIT_K, TileConfig, TypeConfig
 from machete_aot.manifest import KernelInfo, Manifest
 
 from .errors import BuildError
@@ -29,26 +29,29 @@ and schedules.
 
 _BYTES = """\
 ## Bytes
-A frame is what a kernel takes in the bundle, a cubin what it decompresses to. The dictionary is made of a few cubins,
-whose own frames only refer to it.
-
+A frame is what a kernel takes in the bundle, a cubin what it is loaded from.
 """
 
 
 def render_page(bundle: Bundle) -> str:
     """The page of this bundle. It depends on the manifest and the bundle's size alone."""
     manifest = bundle.manifest
-    tiles = _tiles(manifest)
     head = _HEAD.format(
         arch=manifest.bundle.arch,
         version=manifest.bundle.version,
         kernels=len(manifest.kernels),
         types=len(manifest.types),
-        tiles=len(tiles),
+        tiles=len({k.tile for k in manifest.kernels}),
         schedules=len(manifest.schedules),
     )
-    parts = [_types(manifest), *(_family(manifest, name) for name in dict.fromkeys(t.family for t in tiles))]
-    return head + "\n".join([*parts, _bytes(manifest), _totals(bundle)])
+    groups = _groups(manifest)
+    parts = [_types(manifest)]
+    for name in dict.fromkeys(t.family for group in groups for t in _tiles(manifest, group)):
+        parts.append(f"## Family `{name}`\nA schedule's name is the tile's with one of the endings.\n")
+        parts += [_family(manifest, name, group) for group in groups]
+    parts.append(_BYTES)
+    parts += [_bytes(manifest, group) for group in groups]
+    return head + "\n".join([*parts, _totals(bundle)])
 
 
 def check_page(bundle: Bundle, path: Path = PAGE) -> None:
@@ -64,16 +67,25 @@ def write_page(bundle: Bundle, path: Path = PAGE) -> Path:
     return path
 
 
-def _tiles(manifest: Manifest) -> tuple[TileConfig, ...]:
-    """Every tile, in the order of its schedules: fewest tokens first."""
-    by_name = {k.tile.name: k.tile for k in manifest.kernels}
-    return tuple(by_name[name] for name in dict.fromkeys(s.tile for s in manifest.schedules))
+def _groups(manifest: Manifest) -> tuple[tuple[TypeConfig, ...], ...]:
+    """The types, those together that keep the same things in shared memory: their kernels have the same tiles."""
+    found: dict[tuple[bool, int], list[TypeConfig]] = {}
+    for types in manifest.types:
+        found.setdefault((types.general, types.weight_bits), []).append(types)
+    return tuple(tuple(found[key]) for key in sorted(found))
 
 
-def _kernels(manifest: Manifest, tile: TileConfig) -> tuple[KernelInfo | None, ...]:
-    """The tile's kernel of each types, None where there is none."""
+def _tiles(manifest: Manifest, group: Sequence[TypeConfig]) -> tuple[TileConfig, ...]:
+    """Every tile of these types, in the order of its schedules: fewest tokens first."""
+    by_name = {k.tile.name: k.tile for types in group for k in manifest.kernels_for(types)}
+    schedules = [s for s in manifest.schedules if any(types.name in s.types for types in group)]
+    return tuple(by_name[name] for name in dict.fromkeys(s.tile for s in schedules))
+
+
+def _kernels(manifest: Manifest, tile: TileConfig, group: Sequence[TypeConfig]) -> tuple[KernelInfo | None, ...]:
+    """The tile's kernel of each of the types, None where there is none."""
     by_types = {k.types: k for k in manifest.kernels if k.tile == tile}
-    return tuple(by_types.get(types) for types in manifest.types)
+    return tuple(by_types.get(types) for types in group)
 
 
 def _types(manifest: Manifest) -> str:
@@ -83,32 +95,30 @@ def _types(manifest: Manifest) -> str:
     return "## Types\n" + _table(("types", "activations, output", "weights", "scales", "zero points", "kernels"), rows)
 
 
-def _family(manifest: Manifest, family: str) -> str:
+def _family(manifest: Manifest, family: str, group: Sequence[TypeConfig]) -> str:
     """A line a tile. Shared memory is the dynamic one, in bytes, of the schedule that takes most."""
-    names = [t.name for t in manifest.types]
     head = ("tile", "rows", "tokens", "k a step", "stages", "CTAs an SM", "threads", "shared memory")
     rows = []
-    for tile in (t for t in _tiles(manifest) if t.family == family):
-        schedules = [s for s in manifest.schedules if s.tile == tile.name]
+    for tile in (t for t in _tiles(manifest, group) if t.family == family):
+        kernels = _kernels(manifest, tile, group)
+        schedules = list(dict.fromkeys(s for k in kernels if k for s in manifest.schedules_of(k)))
         numbers = (tile.rows, tile.tokens, tile.step_units * UNIT_K, tile.stages, tile.ctas_per_sm, tile.threads)
-        shared = max(s.shared_memory for s in schedules)
-        registers = [str(k.registers) if k else "-" for k in _kernels(manifest, tile)]
+        shared = max(tile.shared_memory(s.split, group[0]) for s in schedules)
+        registers = [str(k.registers) if k else "-" for k in kernels]
         endings = " ".join(f"`{s.name.removeprefix(tile.name)}`" for s in schedules)
         rows.append((f"`{tile.name}`", *map(str, numbers), f"{shared:,}", *registers, endings))
-    title = f"## Family `{family}`\nA schedule's name is the tile's with one of the endings.\n\n"
-    return title + _table((*head, *(f"registers, `{n}`" for n in names), "schedules"), rows)
+    return _table((*head, *(f"registers, `{t.name}`" for t in group), "schedules"), rows)
 
 
-def _bytes(manifest: Manifest) -> str:
+def _bytes(manifest: Manifest, group: Sequence[TypeConfig]) -> str:
     """Of each kernel its frame in the bundle, and the cubin that it decompresses to."""
-    head = ["tile", *(f"{what}, `{t.name}`" for t in manifest.types for what in ("frame", "cubin"))]
+    head = ["tile", *(f"{what}, `{t.name}`" for t in group for what in ("frame", "cubin"))]
     rows = []
-    for tile in _tiles(manifest):
-        pairs = [(f"{k.frame.length:,}", f"{k.cubin.size:,}") if k else ("-", "-") for k in _kernels(manifest, tile)]
+    for tile in _tiles(manifest, group):
+        kernels = _kernels(manifest, tile, group)
+        pairs = [(f"{k.frame.length:,}", f"{k.cubin.size:,}") if k else ("-", "-") for k in kernels]
         rows.append((f"`{tile.name}`", *(text for pair in pairs for text in pair)))
-    return "## Bytes\nA frame is what a kernel takes in the bundle, a cubin what it is loaded from.\n\n" + _table(
-        head, rows
-    )
+    return _table(head, rows)
 
 
 def _totals(bundle: Bundle) -> str:

@@ -56,6 +56,11 @@ class ImplConfig:
     schedules: tuple[ScheduleConfig, ...]
 
     @property
+    def typed_schedules(self) -> tuple[tuple[TypeConfig, ScheduleConfig], ...]:
+        """Every schedule with each of the types, in the order of the schedules."""
+        return tuple((types, schedule) for schedule in self.schedules for types in self.types)
+
+    @property
     def tiles(self) -> tuple[TileConfig, ...]:
         return tuple(dict.fromkeys(s.tile for s in self.schedules))
 

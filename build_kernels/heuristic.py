@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from machete_aot.config import ScheduleConfig, TypeConfig
@@ -48,27 +48,32 @@ def _model_problems(heuristic: Heuristic) -> Iterator[str]:
 def fitted_to(
     heuristic: Heuristic, served: Sequence[tuple[TypeConfig, ScheduleConfig]], *, allow_unfitted: bool = False
 ) -> Heuristic:
-    """The part of the data that concerns these types and schedules. Raises BuildError if some have no coefficients."""
+    """The part of the data that concerns these types and schedules.
+
+    Raises BuildError if some have coefficients in no table. They need not be in all: a GPU without a table of its own
+    for some types gets another's, scaled.
+    """
     missing: list[str] = [] if heuristic.tables else ["any: there is no table"]
-    tables = tuple(_fitted_to(table, served, missing) for table in heuristic.tables)
+    if heuristic.tables:
+        fitted = {(t, s) for table in heuristic.tables for t, found in table.coefficients.items() for s in found}
+        missing += [f"{t.name} {s.name}" for t, s in served if (t.name, s.name) not in fitted]
     if missing and not allow_unfitted:
         raise BuildError(
             "schedules without coefficients in build_kernels/heuristic.json; fit them, or build with --allow-unfitted",
             missing,
         )
-    return Heuristic(heuristic.version, tables)
-
-
-def _fitted_to(
-    table: HeuristicTable, served: Sequence[tuple[TypeConfig, ScheduleConfig]], missing: list[str]
-) -> HeuristicTable:
-    coefficients: dict[str, dict[str, dict[str, float]]] = {}
+    wanted: dict[str, set[str]] = {}
     for types, schedule in served:
-        found = table.coefficients.get(types.name, {}).get(schedule.name)
-        if found:
-            coefficients.setdefault(types.name, {})[schedule.name] = dict(found)
-        else:
-            missing.append(f"{table.device} {types.name} {schedule.name}")
+        wanted.setdefault(types.name, set()).add(schedule.name)
+    return Heuristic(heuristic.version, tuple(_part_of(table, wanted) for table in heuristic.tables))
+
+
+def _part_of(table: HeuristicTable, wanted: Mapping[str, set[str]]) -> HeuristicTable:
+    coefficients = {
+        types: {name: dict(values) for name, values in found.items() if name in wanted[types]}
+        for types, found in table.coefficients.items()
+        if types in wanted
+    }
     measured = {
         types: dataclasses.replace(
             found, deviations={s: text for s, text in found.deviations.items() if s in coefficients[types]}

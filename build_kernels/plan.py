@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ninja
 
-from machete_aot.config import ScheduleConfig
+from machete_aot.config import ScheduleConfig, TypeConfig
 
 from .compile import render_graph
 from .configs import Specialization
@@ -81,12 +81,13 @@ def _pending(ids: Sequence[str], graph: str, folder: Path) -> set[str]:
     return found
 
 
-def table(kernels: Sequence[Specialization], schedules: Sequence[ScheduleConfig]) -> str:
+def table(kernels: Sequence[Specialization], served: Sequence[tuple[TypeConfig, ScheduleConfig]]) -> str:
     """A line a kernel: id, threads, dynamic shared memory of its largest split in bytes, names of its schedules."""
     width = max((len(k.id) for k in kernels), default=0)
     lines = [f"{'kernel':<{width}}  threads  shared memory  schedules"]
     for kernel in kernels:
-        shared = max(kernel.tile.shared_memory(split) for split in kernel.splits)
-        endings = [s.name.removeprefix(f"{s.tile.name}_") for s in schedules if s.tile == kernel.tile]
+        shared = max(kernel.tile.shared_memory(split, kernel.types) for split in kernel.splits)
+        mine = (s for types, s in served if (types, s.tile) == (kernel.types, kernel.tile))
+        endings = [s.name.removeprefix(f"{s.tile.name}_") for s in mine]
         lines.append(f"{kernel.id:<{width}}  {kernel.tile.threads:>7}  {shared:>13,}  {' '.join(endings)}")
     return "\n".join(lines)

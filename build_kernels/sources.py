@@ -9,7 +9,10 @@ from pathlib import Path
 from .paths import ROOT
 
 _FOLDERS = {"csrc/kernels": "*.*", "build_kernels/templates": "*.j2"}
-_FILES = ("build_kernels/catalogue.py", "build_kernels/configs.py", "machete_aot/abi.py", "machete_aot/config.py")
+_FILES = (
+    *("build_kernels/catalogue.py", "build_kernels/configs.py"),
+    *("machete_aot/abi.py", "machete_aot/config.py", "machete_aot/scalar_type.py"),
+)
 
 
 def source_files(root: Path = ROOT) -> list[str]:

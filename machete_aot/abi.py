@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 TENSOR_MAP_BYTES = 128
 
 
@@ -25,20 +25,25 @@ class Field(NamedTuple):
 
 
 FIELDS = (
-    Field("weights", "const uint8_t*", "Q", "prepacked weights: [ceil(n/64)][ceil(k/64)] units of 2048 bytes"),
-    Field("scales", "const uint16_t*", "Q", "group scales [ceil(k/group)][scale_stride], 16-bit floats"),
-    Field("bias", "const uint16_t*", "Q", "[n] in the output's type, or null"),
-    Field("out", "uint16_t*", "Q", "output [m][out_stride], 16-bit floats"),
+    Field("weights", "const uint8_t*", "Q", "prepacked weights: [ceil(n/64)][ceil(k/64)] units of 2048 or 4096 bytes"),
+    Field("scales", "const uint16_t*", "Q", "group scales [groups][scale_stride], 16-bit floats"),
+    Field("zeros", "const void*", "Q", "[groups][zero_stride] 16-bit floats, uint8 with FLAG_INTEGER_ZEROS, or null"),
+    Field("bias", "const uint16_t*", "Q", "[n] in the activations' type, or null"),
+    Field("channel_scales", "const float*", "Q", "[n], or null"),
+    Field("token_scales", "const float*", "Q", "[m], or null"),
+    Field("out", "void*", "Q", "output [m][out_stride] in the activations' type, or as a FLAG_OUT_ says"),
     Field(
         "workspace", "uint8_t*", "Q", "where CTAs of even shares hand over partial tiles, TileConfig.workspace bytes"
     ),
     Field("token", "uint64_t", "Q", "what flags in the workspace are set to: a number that no earlier launch had"),
     Field("m", "int32_t", "i", "tokens: rows of the activations"),
-    Field("n", "int32_t", "i", "rows of the weights: columns of the output"),
+    Field("n", "int32_t", "i", "rows of the weights: columns of the product"),
     Field("k", "int32_t", "i", "reduction length: columns of the activations"),
     Field("scale_stride", "int32_t", "i", "elements from one group's scales to the next, a multiple of 8"),
+    Field("zero_stride", "int32_t", "i", "elements from one group's zeros to the next, a multiple of 16 bytes"),
     Field("out_stride", "int32_t", "i", "elements from one output row to the next"),
-    Field("group_units", "int32_t", "i", "64-k units that share a scale; at least ceil(k/64): one group over all of K"),
+    Field("group_blocks", "int32_t", "i", "32-k blocks that share a scale; at least ceil(k/32): one group over K"),
+    Field("code_zero", "int32_t", "i", "the code that stands for zero where zeros is null"),
     Field("flags", "int32_t", "i", "sum of the FLAG_ values"),
     Field("row_tiles", "int32_t", "i", "family flat: tiles along n"),
     Field("token_tiles", "int32_t", "i", "tiles along m"),
@@ -49,10 +54,17 @@ FIELDS = (
 )
 
 FLAG_ACTS_2D = 1  # the tensor map is {k, m}; else {64, m, k/64}, which takes one copy a stage but needs k % 64 == 0
-FLAG_STORE_PAIRS = 2  # out, out_stride and n allow 4-byte stores of two neighbouring columns
+FLAG_STORE_PAIRS = 2  # out, its stride and its columns allow 4-byte stores of two neighbouring 16-bit elements
+FLAG_INTEGER_ZEROS = 4  # zeros are uint8, value = (code - zero) * scale; else value = code * scale - zero
+# One of the next three says what the output's elements are, in every launch that does more after the sums than adding a
+# bias and rounding to the activations' type. Where none is set a kernel takes the short way.
+FLAG_OUT_FP32 = 8
+FLAG_OUT_BF16 = 16
+FLAG_OUT_FP16 = 32
+FLAG_SWIGLU = 64  # the output has n / 2 columns: silu(gate) * up of columns in turns, 8 of gate and 8 of up
 
 _STRUCT = struct.Struct("<" + "".join(f.code for f in FIELDS) + "4x")
-SIZE = _STRUCT.size  # 104: a multiple of the pointers' alignment
+SIZE = _STRUCT.size  # 136: a multiple of the pointers' alignment
 
 OFFSETS = {f.name: struct.calcsize("<" + "".join(g.code for g in FIELDS[:i])) for i, f in enumerate(FIELDS)}
 

@@ -21,8 +21,18 @@ from .errors import DeviceError
 from .peers import Peer, reason
 from .product import A_NAMES, explain
 from .record import TOLERANCE
-from .scalar_type import u4b8
-from .timing import Ceiling, Layer, Multiply, TimedGraph, Weights, alternate_us, ceiling_of, floor_us
+from .timing import (
+    U4B8,
+    Ceiling,
+    Layer,
+    Multiply,
+    TimedGraph,
+    WeightKind,
+    Weights,
+    alternate_us,
+    ceiling_of,
+    floor_us,
+)
 
 OURS = "machete-aot"
 CUBLAS = "cublas"
@@ -43,6 +53,7 @@ class Plan:
     dtype: torch.dtype = torch.bfloat16
     group: int = 128
     rounds: int = ROUNDS
+    weights: WeightKind = U4B8
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ def run(plan: Plan, peers: Sequence[Peer], monitor: Monitor | None = None, devic
     """
     ceiling = device_ceiling()[0]
     for n, k in plan.shapes:
-        layer = Layer(Weights.make(n, k, plan.group, plan.dtype, device))
+        layer = Layer(Weights.make(n, k, plan.group, plan.dtype, device, kind=plan.weights))
         entries: dict[str, Multiply | Timing] = {}
         for peer in peers:
             try:
@@ -173,15 +184,17 @@ def _measure(
     for name, us in zip(graphs, times, strict=True):
         found[name] = Timing(us, found[name].error)
     clocks = _clocks(graphs[OURS], times[0], monitor) if monitor is not None and OURS in graphs else (None, None)
-    schedule = explain(m, n, k, plan.dtype).chosen
-    floor = floor_us(m, n, k, plan.group, ceiling)
+    kind = plan.weights
+    with_zeros = False if kind.zeros == "none" else kind.zeros
+    schedule = explain(m, n, k, plan.dtype, kind.b_type, b_group_size=plan.group, with_zeros=with_zeros).chosen
+    floor = floor_us(m, n, k, plan.group, ceiling, kind)
     return Row(m, n, k, schedule, floor, found.pop(OURS), found, *clocks)
 
 
 def reference_product(layer: Layer, m: int) -> torch.Tensor:
     """The reference's product [m, N] of the layer's activations and first copy of the weights."""
-    b, scales = layer.packed[0]
-    return reference.gemm(layer.buffers(m)[0], b, u4b8, scales, b_group_size=layer.weights.group)
+    b, scales, zeros = layer.packed[0]
+    return reference.gemm(layer.buffers(m)[0], b, layer.weights.kind.b_type, scales, zeros, layer.weights.group)
 
 
 def check(multiply: Multiply, layer: Layer, m: int, expected: torch.Tensor, limit: float) -> Timing:

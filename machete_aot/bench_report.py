@@ -165,6 +165,7 @@ def record(
             "flops_per_us": ceiling.flops_per_us,
         },
         "types": A_NAMES[plan.dtype],
+        "weights": plan.weights.name,
         "group": plan.group,
         "rounds": plan.rounds,
         "peers": {

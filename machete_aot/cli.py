@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         explain.add_argument(name, metavar=name.upper(), type=_positive, help=text)
     explain.add_argument("--a", choices=("bf16", "fp16"), default="bf16", help="activations (default: %(default)s)")
     explain.add_argument("--b", choices=tuple(SCALAR_TYPES), default="u4b8", help="weights (default: %(default)s)")
+    explain.add_argument("--zeros", choices=("none", "float", "int"), default="none", help="default: %(default)s")
+    explain.add_argument(
+        "--group", type=int, default=128, help="k that share a scale, -1 for all (default: %(default)s)"
+    )
     explain.add_argument("--sms", type=_positive, help="multiprocessors (default: this GPU's, or 132 as on an H100)")
     explain.add_argument(
         "--batch-invariant", action="store_true", help="as with gemm(..., batch_invariant=True), and what that costs"
@@ -138,6 +142,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     bundle = open_bundle(options)
+    manifest = bundle.manifest
     kernels = [
         {
             "id": k.id,
@@ -146,21 +151,24 @@ def _list(options: argparse.Namespace) -> int:
             "layout": k.layout,
             "threads": k.threads,
             "registers": k.registers,
+            "shared_memory": max((k.tile.shared_memory(s.split, k.types) for s in manifest.schedules_of(k)), default=0),
             "frame_bytes": k.frame.length,
             "cubin_bytes": k.cubin.size,
         }
-        for k in bundle.manifest.kernels
+        for k in manifest.kernels
     ]
-    schedules = [
-        {"name": s.name, "tile": s.tile, "split": s.split, "shared_memory": s.shared_memory}
-        for s in bundle.manifest.schedules
+    schedules: list[dict[str, Any]] = [
+        {"name": s.name, "tile": s.tile, "split": s.split, "even_ctas": s.even_ctas, "types": list(s.types)}
+        for s in manifest.schedules
     ]
     if options.json:
         print_json({"bundle": bundle_facts(bundle), "kernels": kernels, "schedules": schedules})
         return 0
     print(title(bundle))
-    _print_table("kernels", kernels, ("id", "layout", "threads", "registers", "frame_bytes", "cubin_bytes"))
-    _print_table("schedules", schedules, ("name", "tile", "split", "shared_memory"))
+    columns = ("id", "layout", "threads", "registers", "shared_memory", "frame_bytes", "cubin_bytes")
+    _print_table("kernels", kernels, columns)
+    texts = [{**s, "types": " ".join(s["types"])} for s in schedules]
+    _print_table("schedules", texts, ("name", "tile", "split", "even_ctas", "types"))
     return 0
 
 
@@ -181,7 +189,15 @@ def _explain(options: argparse.Namespace) -> int:
     use_bundle(bundle)
     dtype, b_type = A_DTYPES[options.a], scalar_type(options.b)
     product = (options.m, options.n, options.k)
-    explanation = explain(*product, dtype, b_type, sms=options.sms, batch_invariant=options.batch_invariant)
+    explanation = explain(
+        *product,
+        dtype,
+        b_type,
+        sms=options.sms,
+        batch_invariant=options.batch_invariant,
+        b_group_size=options.group,
+        with_zeros=False if options.zeros == "none" else options.zeros,
+    )
     if options.json:
         print_json({**explanation.as_dict(), "bundle": bundle_facts(bundle)})
     else:

@@ -23,6 +23,7 @@ MODELS: dict[str, Shapes] = {
     "qwen2.5-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
     "qwen2.5-32b": ((7168, 5120), (5120, 5120), (55296, 5120), (5120, 27648)),
 }
+WEIGHTS = ("u4b8", "u8b128", "u4", "u8", "u4+zeros", "u4+int-zeros", "u8+zeros", "u8+int-zeros")
 PEER_NAMES = ("cublas", "machete", "marlin", "humming")
 
 
@@ -38,6 +39,7 @@ def add_command(add: Add) -> None:
     )
     bench.add_argument("--tokens", metavar="M,...", type=_tokens, help="rows of the activations (default: 1 to 4096)")
     bench.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="default: %(default)s")
+    bench.add_argument("--weights", choices=WEIGHTS, default="u4b8", help="and their zeros (default: %(default)s)")
     bench.add_argument(
         "--group", type=_group, default=128, help="k that share a scale, -1 for all (default: %(default)s)"
     )
@@ -55,7 +57,7 @@ def add_command(add: Add) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from . import bench, bench_report, plot
+    from . import bench, bench_report, plot, timing
     from .fetch import use_bundle
     from .prepack import A_DTYPES
 
@@ -70,13 +72,13 @@ def _bench(options: argparse.Namespace) -> int:
         A_DTYPES[options.dtype],
         options.group,
         options.rounds or bench.ROUNDS,
+        timing.KINDS[options.weights],
     )
     command = shlex.join(["machete-aot", *sys.argv[1:]])
     rows = bench_report.run_and_print(plan, options.peers, command, options.json_path)
     if options.plot is not None:
-        plot.write_plot(
-            rows, f"{options.dtype} x u4b8, group {options.group}, {bench_report.device_name()}", options.plot
-        )
+        types = f"{options.dtype} x {options.weights}"
+        plot.write_plot(rows, f"{types}, group {options.group}, {bench_report.device_name()}", options.plot)
     if any(row.ours.problem for row in rows):
         print("machete-aot: a result was wrong; `machete-aot qualify` tells more", file=sys.stderr)
         return OTHER
@@ -117,8 +119,8 @@ def _positive(text: str) -> int:
 
 def _group(text: str) -> int:
     value = -1 if text == "-1" else _positive(text)
-    if value != -1 and value % 64:
-        raise argparse.ArgumentTypeError(f"{value} is neither a multiple of 64 nor -1, which the kernels take")
+    if value != -1 and value % 32:
+        raise argparse.ArgumentTypeError(f"{value} is neither a multiple of 32 nor -1, which the kernels take")
     return value
 
 

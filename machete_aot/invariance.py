@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from . import selection
 from .config import UNIT_K, TileConfig, TypeConfig, ceil_div
 from .errors import ArgumentError, UnsupportedError
-from .manifest import Manifest, ScheduleInfo
+from .manifest import HeuristicTable, Manifest, ScheduleInfo
 from .part import Part
 from .selection import ByIdentity, Candidate, Explanation
 
@@ -88,7 +88,7 @@ def _share(tile: TileConfig, k_warpgroup: int, first_step: int, end_step: int, u
 class Choice:
     """The order of a layer. ``costs``: for each representative M the predicted time over the free choice's.
 
-    ``manifest`` holds only the kernels and schedules of the order.
+    ``manifest`` holds only the kernels, schedules and costs of the order.
     """
 
     order: Order
@@ -177,10 +177,11 @@ def _percent(ratio: float) -> str:
 @functools.lru_cache(maxsize=1024)
 def _choose_order(key: ByIdentity[Manifest], types_name: str, n: int, k: int, part: Part) -> Choice:
     manifest = key.value
+    table = selection.table_for(manifest, part, types_name)
     free = {m: _fastest_us(manifest, types_name, m, n, k, part) for m in REPRESENTATIVE_M}
     choices = []
-    for order, names in _orders(manifest, types_name, k, part).items():
-        kept = _restricted(manifest, types_name, names)
+    for order, names in _orders(manifest, types_name, k, table).items():
+        kept = _restricted(manifest, types_name, names, table)
         times = {m: _fastest_us(kept, types_name, m, n, k, part) for m in REPRESENTATIVE_M}
         choices.append(Choice(order, kept, tuple((m, times[m] / free[m]) for m in REPRESENTATIVE_M)))
     if not choices:
@@ -195,22 +196,23 @@ def _fastest_us(manifest: Manifest, types_name: str, m: int, n: int, k: int, par
     return selection.explain(manifest, types_name, m, n, k, part).candidates[0].time_us
 
 
-def _orders(manifest: Manifest, types_name: str, k: int, part: Part) -> dict[Order, set[str]]:
+def _orders(manifest: Manifest, types_name: str, k: int, table: HeuristicTable) -> dict[Order, set[str]]:
     """Names of the fitted schedules of each order, in the manifest's order of schedules."""
     tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels if kernel.types.name == types_name}
-    fitted = selection.table_for(manifest, part).coefficients.get(types_name, {})
+    fitted = table.coefficients[types_name]
     found: dict[Order, set[str]] = {}
     for schedule in manifest.schedules:
-        if schedule.tile in tiles and schedule.name in fitted:
+        if types_name in schedule.types and schedule.tile in tiles and schedule.name in fitted:
             order = reduction_order(tiles[schedule.tile], schedule.split, k)
             if order is not None:
                 found.setdefault(order, set()).add(schedule.name)
     return found
 
 
-def _restricted(manifest: Manifest, types_name: str, names: set[str]) -> Manifest:
-    """The manifest with these schedules alone and their kernels of these types."""
+def _restricted(manifest: Manifest, types_name: str, names: set[str], table: HeuristicTable) -> Manifest:
+    """The manifest with these schedules alone, their kernels of these types, and their costs on one GPU."""
     schedules = tuple(s for s in manifest.schedules if s.name in names)
     tiles = {s.tile for s in schedules}
     kernels = tuple(x for x in manifest.kernels if x.types.name == types_name and x.tile.name in tiles)
-    return replace(manifest, schedules=schedules, kernels=kernels)
+    heuristic = replace(manifest.heuristic, tables=(table,))
+    return replace(manifest, schedules=schedules, kernels=kernels, heuristic=heuristic)

@@ -52,20 +52,21 @@ class VllmMachete:
     name = "machete"
 
     def __init__(self) -> None:
-        self._ops, self._b_type, self.version = _vllm()
+        self._ops, self._types, self.version = _vllm()
 
     def prepare(self, weights: Weights, tokens: Sequence[int]) -> Multiply:
-        ops, b_type, dtype = self._ops, self._b_type, weights.dtype
+        ops, b_type, dtype = self._ops, _vllm_type(self._types, weights), weights.dtype
         packed = [
-            # It takes the words of a column one after another.
-            (ops.machete_prepack_B(words.t().contiguous().t(), dtype, b_type, dtype), scales)
-            for words, scales in weights.copies
+            # It takes the words of a column one after another, and adds zeros to scaled codes.
+            (ops.machete_prepack_B(words.t().contiguous().t(), dtype, b_type, dtype), scales, _added(scales, zeros))
+            for words, scales, zeros in weights.copies
         ]
 
         def multiply(i: int, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-            b, scales = packed[i % len(packed)]
+            b, scales, zeros = packed[i % len(packed)]
+            more = {} if zeros is None else {"b_group_zeros": zeros}
             product: torch.Tensor = ops.machete_mm(
-                a=a, b_q=b, b_type=b_type, b_group_scales=scales, b_group_size=weights.group
+                a=a, b_q=b, b_type=b_type, b_group_scales=scales, b_group_size=weights.group, **more
             )
             return product
 
@@ -78,20 +79,21 @@ class VllmMarlin:
     name = "marlin"
 
     def __init__(self) -> None:
-        self._ops, self._b_type, self.version = _vllm()
+        self._ops, self._types, self.version = _vllm()
         self._marlin: Any = importlib.import_module("vllm.model_executor.layers.quantization.utils.marlin_utils")
 
     def prepare(self, weights: Weights, tokens: Sequence[int]) -> Multiply:
-        marlin, b_type, n, k = self._marlin, self._b_type, weights.n, weights.k
-        device = weights.copies[0][0].device
+        _require(weights, "u4b8", "u8b128")
+        marlin, b_type, n, k = self._marlin, _vllm_type(self._types, weights), weights.n, weights.k
+        device, bits = weights.copies[0].codes.device, weights.kind.b_type.bits
         none = torch.empty(0, dtype=torch.int32, device=device)
         workspace = marlin.marlin_make_workspace_new(device)
         packed = [
             (
-                self._ops.gptq_marlin_repack(words, none, k, n, 4),
+                self._ops.gptq_marlin_repack(words, none, k, n, bits),
                 marlin.marlin_permute_scales(scales, size_k=k, size_n=n, group_size=weights.group),
             )
-            for words, scales in weights.copies
+            for words, scales, _ in weights.copies
         ]
 
         def multiply(i: int, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -125,7 +127,8 @@ class Humming:
         self.version = str(importlib.import_module("humming").__version__)
 
     def prepare(self, weights: Weights, tokens: Sequence[int]) -> Multiply:
-        layers = [self._make(weights, words, scales) for words, scales in weights.copies]
+        _require(weights, "u4b8")
+        layers = [self._make(weights, words, scales) for words, scales, _ in weights.copies]
         config = self._needed(layers[0], tokens)
 
         def multiply(i: int, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -157,10 +160,28 @@ class Humming:
 
 
 def _vllm() -> tuple[Any, Any, str]:
-    """vLLM's operations, its name for u4b8, and its version."""
+    """vLLM's operations, its scalar types, and its version."""
     ops = importlib.import_module("vllm._custom_ops")
     types = importlib.import_module("vllm.scalar_type")
-    return ops, types.scalar_types.uint4b8, f"vllm {importlib.import_module('vllm').__version__}"
+    return ops, types.scalar_types, f"vllm {importlib.import_module('vllm').__version__}"
+
+
+def _vllm_type(types: Any, weights: Weights) -> Any:
+    """vLLM's name for the weights' type: uint4b8 is u4b8."""
+    return getattr(types, f"uint{weights.kind.b_type.name[1:]}")
+
+
+def _added(scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor | None:
+    """Zeros in the scales' dtype that give the weights when they are added to code * scale."""
+    if zeros is None:
+        return None
+    return -zeros if zeros.dtype == scales.dtype else -(zeros.to(scales.dtype) * scales)
+
+
+def _require(weights: Weights, *names: str) -> None:
+    """Raises ValueError for weights that an adapter does not know how to rearrange."""
+    if weights.kind.name not in names:
+        raise ValueError(f"its adapter takes {' or '.join(names)}, not {weights.kind.name}")
 
 
 PEERS: dict[str, Callable[[], Peer]] = {p.name: p for p in (Cublas, VllmMachete, VllmMarlin, Humming)}

@@ -7,7 +7,7 @@ docs/architecture.md define where each code goes; a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -36,15 +36,30 @@ def prepack_b(
     the last units hold the code of zero. Scratch is a few times ``CHUNK_BYTES`` (one strip of 64 rows, if more).
     Raises ArgumentError for a wrong dtype, shape, ``k`` or ``a_dtype``, UnsupportedError for a type without a layout.
     """
+    check_gptq(w_q, "w_q", b_type)
+    return prepack_columns(lambda first, last: w_q[:, first:last], w_q.shape, w_q.device, b_type, a_dtype, k)
+
+
+def prepack_columns(
+    columns: Callable[[int, int], torch.Tensor],
+    shape: tuple[int, ...],
+    device: torch.device,
+    b_type: ScalarType,
+    a_dtype: torch.dtype,
+    k: int | None,
+) -> torch.Tensor:
+    """``prepack_b`` of weights [ceil(K / per_int32), N] = ``shape`` that are made or found some columns at a time.
+
+    ``columns(first, last)``: these columns, first a multiple of 64, int32 on ``device``; last may be past N.
+    """
     if a_dtype not in A_DTYPES.values():
         raise ArgumentError(f"a_dtype must be torch.bfloat16 or torch.float16, got {a_dtype}")
-    _check_int32(w_q, "w_q", 2, f"GPTQ-packed weights [ceil(K / {b_type.per_int32}), N]")
-    rows, n = w_q.shape
+    rows, n = shape
     k = _checked_k(rows, b_type, k)
     tiles_n, tiles_k, words = packed_shape(n, k, b_type)
-    out = torch.empty(tiles_n, tiles_k, words, dtype=torch.int32, device=w_q.device)
+    out = torch.empty(tiles_n, tiles_k, words, dtype=torch.int32, device=device)
     for first, last in _chunks(tiles_n, k):
-        strip = _padded_strip(w_q[:, first * UNIT_ROWS : last * UNIT_ROWS], b_type, k, last - first)
+        strip = _padded_strip(columns(first * UNIT_ROWS, last * UNIT_ROWS), b_type, k, last - first)
         packed = out[first:last].view(torch.uint8)
         if layout_for(b_type).bits == 4:
             _pack_u4(strip, packed)
@@ -84,6 +99,11 @@ def unpack_to_gptq(packed: torch.Tensor, b_type: ScalarType, n: int, k: int) -> 
         for i in range(per):
             columns |= words[:, i].to(torch.int32) << (bits * i)
     return w_q
+
+
+def check_gptq(w_q: torch.Tensor, name: str, b_type: ScalarType) -> None:
+    """Raises ArgumentError unless this is an int32 matrix, as GPTQ-packed weights are."""
+    _check_int32(w_q, name, 2, f"GPTQ-packed weights [ceil(K / {b_type.per_int32}), N]")
 
 
 def _chunks(tiles_n: int, k: int) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@
 
 The model of a schedule's time for an (M, N, K) product, in microseconds:
 
-    memory  = (weights + scales + activations + output, in bytes) / (bandwidth * memory_rate)
+    memory  = (weights + scales + zeros + activations + output, in bytes) / (bandwidth * memory_rate)
     compute = busy * cta_us + steps * max(busy * step_us, rounds * alone_us) + givers * give_us
     time    = fixed_us + (memory^4 + compute^4)^(1/4)
 
@@ -18,6 +18,8 @@ Then the time is corrected by what the model missed at measured products nearby:
 the schedule's measured products, weighted by exp(-d^2 / 2) / (d^2 + 0.05), where d^2 is the sum of squares of the
 doublings in M, N and K between the products, and pulled to 0 by a weight of 1. At a measured product that is nearly
 the measured time; far from all of them it is the model.
+
+Types that no GPU was measured with get coefficients of others, see ``stand_in``.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .config import ScheduleConfig, ceil_div
+from .config import ScheduleConfig, TileConfig, TypeConfig, ceil_div
 from .errors import UnsupportedError
 from .manifest import HeuristicTable, Manifest, Measured, ScheduleInfo
 from .manifest_rules import DEVIATION_ZERO, NOT_MEASURED
@@ -38,6 +40,7 @@ from .part import Part
 COEFFICIENTS = ("fixed_us", "cta_us", "step_us", "alone_us", "give_us", "wave", "memory_rate")
 FAR = 9.0  # squared distance past which a measured product says nothing
 CLOCK_BOUND = ("cta_us", "step_us", "alone_us", "give_us")
+OF_A_STEP = ("step_us", "alone_us")
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def traffic(m: int, n: int, k: int, weight_bits: int = 4, group: int = 128) -> int:
-    """Bytes that a product must move at least: packed weights, 16-bit scales, activations and output, each once."""
-    return n * k * weight_bits // 8 + ceil_div(k, group) * n * 2 + 2 * m * (n + k)
+def traffic(m: int, n: int, k: int, weight_bits: int = 4, group: int = 128, zero_bytes: int = 0) -> int:
+    """Bytes that a product must move at least: packed weights, 16-bit scales, zeros, activations and output, each once.
+
+    ``zero_bytes``: of a group's zero point.
+    """
+    return n * k * weight_bits // 8 + ceil_div(k, group) * n * (2 + zero_bytes) + 2 * m * (n + k)
 
 
 Value = TypeVar("Value")
@@ -130,24 +136,27 @@ class Work(NamedTuple):
     givers: float
 
 
-def work_of(schedule: ScheduleConfig, product: tuple[int, int, int], sms: int) -> Work:
-    """The model's variables for a schedule. ``product`` is (M, N, K)."""
+def work_of(schedule: ScheduleConfig, types: TypeConfig, product: tuple[int, int, int], sms: int) -> Work:
+    """The model's variables for a schedule of a kernel of these types. ``product`` is (M, N, K)."""
     m, n, k = product
     tile = schedule.tile
-    tiles = ceil_div(n, tile.rows) * ceil_div(m, tile.tokens)
+    moved = traffic(m, n, k, types.weight_bits, zero_bytes=types.zero_bytes)
+    tiles = tile.tiles(m, n)
     if schedule.even_ctas:
-        ctas = schedule.even_ctas * sms
-        busy, rounds = tiles / sms, tiles / ctas  # below 1 too: a share is then a part of a tile
-        givers = max(1, ctas / max(tiles, 1)) if tiles % ctas else 0
-        return Work(traffic(m, n, k), ctas, tile.steps(k), (busy, busy), (rounds, rounds), givers)
+        clusters = tile.clusters(schedule.even_ctas * sms)
+        rounds = tiles / clusters  # below 1 too: a share is then a part of a tile
+        busy = rounds * schedule.even_ctas
+        givers = max(1, clusters / max(tiles, 1)) if tiles % clusters else 0
+        ctas = clusters * tile.cluster
+        return Work(moved, ctas, tile.steps(k), (busy, busy), (rounds, rounds), givers)
     split = tile.effective_split(schedule.split, k)
-    ctas = tiles * split
+    ctas = tiles * split * tile.cluster
     usable = sms if split <= 2 else max(1, sms * 10 // 11)  # clusters of 4 and 8 leave SMs of a GPC unused
     most = ceil_div(ctas, usable)
     most_rounds = ceil_div(most, tile.ctas_per_sm)
     busy = max(ctas / usable, min(1, most))
     rounds = max(ctas / usable / tile.ctas_per_sm, min(1, most_rounds))
-    return Work(traffic(m, n, k), ctas, ceil_div(tile.steps(k), split), (busy, most), (rounds, most_rounds), 0)
+    return Work(moved, ctas, ceil_div(tile.steps(k), split), (busy, most), (rounds, most_rounds), 0)
 
 
 def times_us(work: Work, coefficients: Mapping[str, float], bandwidth: float) -> tuple[float, float, float]:
@@ -165,6 +174,7 @@ def times_us(work: Work, coefficients: Mapping[str, float], bandwidth: float) ->
 
 def predict(
     schedule: ScheduleConfig,
+    types: TypeConfig,
     product: tuple[int, int, int],
     sms: int,
     coefficients: Mapping[str, float],
@@ -172,28 +182,31 @@ def predict(
     factor: float = 1.0,
 ) -> Candidate:
     """The model above for one schedule. ``product`` is (M, N, K), ``bandwidth`` in bytes per microsecond."""
-    work = work_of(schedule, product, sms)
+    work = work_of(schedule, types, product, sms)
     time, memory, compute = times_us(work, coefficients, bandwidth)
     fixed = coefficients["fixed_us"]
     return Candidate(schedule.name, time * factor, memory, compute, fixed, factor, work.ctas, work.busy[1], work.steps)
 
 
-def table_for(manifest: Manifest, part: Part) -> HeuristicTable:
-    """The manifest's table for a GPU; for one that was not measured, that of the most similar one, scaled to it.
+def table_for(manifest: Manifest, part: Part, types_name: str) -> HeuristicTable:
+    """A table with coefficients for these types on a GPU.
 
-    Similar is what has the nearest ratio of memory bandwidth to SM clocks, which decides what limits a schedule. Times
-    of CTAs and steps are scaled by the SM clocks, memory by the bandwidths; fixed times are not, and the number of SMs
-    enters the model itself. Raises UnsupportedError if the manifest has no table.
+    That of the GPU itself; where it has none for these types, the most similar GPU's, scaled; where no GPU has, the
+    table that ``stand_in`` makes. Similar is what has the nearest ratio of memory bandwidth to SM clocks, which decides
+    what limits a schedule. Times of CTAs and steps are scaled by the SM clocks, memory by the bandwidths; fixed times
+    are not, and the number of SMs enters the model itself. Raises UnsupportedError if there is nothing to predict from.
     """
-    tables = manifest.heuristic.tables
-    for table in tables:
-        if (table.device, table.sms) == (part.name, part.sms):
-            return table
-    if not tables:
+    if not manifest.heuristic.tables:
         raise UnsupportedError(
             "the bundle's manifest has no table of schedules' costs; name one of supported_schedules(...) with "
             "schedule=, or use a bundle that was built with its heuristic"
         )
+    tables = [t for t in manifest.heuristic.tables if t.coefficients.get(types_name)]
+    if not tables:
+        return _stand_in(ByIdentity(manifest), part, types_name)
+    for table in tables:
+        if (table.device, table.sms) == (part.name, part.sms):
+            return table
     balance = math.log(part.peak_bytes_per_us / (part.clock_mhz * part.sms))
     near = min(tables, key=lambda t: abs(math.log(t.peak_bytes_per_us / (t.clock_mhz * t.sms)) - balance))
     return _scaled(ByIdentity(near), part)
@@ -208,6 +221,9 @@ def _scaled(key: ByIdentity[HeuristicTable], part: Part) -> HeuristicTable:
         source=f"{table.source}; derived for {part.name} from {table.device}: SM clock x{1 / clock:.2f}, memory "
         f"bandwidth x{memory:.2f}, {part.sms} SMs",
         device=part.name,
+        sms=part.sms,
+        clock_mhz=part.clock_mhz,
+        peak_bytes_per_us=part.peak_bytes_per_us,
         bytes_per_us=table.bytes_per_us * memory,
         coefficients={
             types: {name: _clock_scaled(found, clock) for name, found in schedules.items()}
@@ -218,6 +234,80 @@ def _scaled(key: ByIdentity[HeuristicTable], part: Part) -> HeuristicTable:
 
 def _clock_scaled(coefficients: Mapping[str, float], scale: float) -> dict[str, float]:
     return {name: value * scale if name in CLOCK_BOUND else value for name, value in coefficients.items()}
+
+
+def stand_in(manifest: Manifest, part: Part, types_name: str) -> HeuristicTable:
+    """Coefficients for types that no GPU was measured with: those of measured types with the same activations.
+
+    Each schedule takes those of the measured one whose tile has the same shape and, if possible, the same division of
+    K; failing that, of the nearest tile of its family in tokens, then in rows, whose times of a step are taken in
+    proportion to the step. Bytes are counted as they are, and never faster than the memory's peak: a rate that was
+    fitted to products which memory does not limit may be anything. What the other types' measurements say beyond the
+    model is left out. Raises UnsupportedError where there are no such types.
+    """
+    types = _types_named(manifest, types_name)
+    fitted = {name for table in manifest.heuristic.tables for name, found in table.coefficients.items() if found}
+    donor = next((t for t in manifest.types if t.a == types.a and t.name in fitted), None)
+    if donor is None:
+        raise UnsupportedError(
+            f"the bundle's manifest has no fitted schedule for {types_name}, nor for other types with {types.a} "
+            "activations; name one of supported_schedules(...) with schedule=, or use a bundle that was built with its "
+            "heuristic"
+        )
+    table = table_for(manifest, part, donor.name)
+    fitted_schedules = table.coefficients[donor.name]
+    known = [(s, fitted_schedules[name]) for name, s in _schedules_of(manifest, donor) if name in fitted_schedules]
+    found = {}
+    for name, schedule in _schedules_of(manifest, types):
+        near, coefficients = min(known, key=lambda pair: _distance(pair[0], schedule))
+        size = _step_size(schedule.tile) / _step_size(near.tile)
+        found[name] = {c: value * size if c in OF_A_STEP else value for c, value in coefficients.items()}
+        found[name]["memory_rate"] = min(found[name]["memory_rate"], table.peak_bytes_per_us / table.bytes_per_us)
+    return dataclasses.replace(
+        table,
+        source=f"{table.source}; {types_name} was not measured, coefficients of {donor.name} stand in for its own",
+        device=part.name,
+        sms=part.sms,
+        coefficients={types_name: found},
+        measured={},
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _stand_in(key: ByIdentity[Manifest], part: Part, types_name: str) -> HeuristicTable:
+    return stand_in(key.value, part, types_name)
+
+
+def _step_size(tile: TileConfig) -> int:
+    return tile.step_units * tile.rows
+
+
+def _distance(measured: ScheduleConfig, wanted: ScheduleConfig) -> tuple[float, ...]:
+    """How much two schedules differ, the least telling last."""
+    a, b = measured.tile, wanted.tile
+    return (
+        a.family != b.family,
+        abs(math.log2(a.tokens / b.tokens)),
+        abs(math.log2(a.rows / b.rows)),
+        (measured.split == 0) != (wanted.split == 0),
+        a.cluster != b.cluster,
+        a.ctas_per_sm != b.ctas_per_sm,
+        abs(math.log2(a.step_units / b.step_units)),
+        abs(measured.split - wanted.split) + abs(measured.even_ctas - wanted.even_ctas),
+    )
+
+
+def _types_named(manifest: Manifest, name: str) -> TypeConfig:
+    for types in manifest.types:
+        if types.name == name:
+            return types
+    raise UnsupportedError(f"the bundle has no kernels for {name}, it has {', '.join(t.name for t in manifest.types)}")
+
+
+def _schedules_of(manifest: Manifest, types: TypeConfig) -> list[tuple[str, ScheduleConfig]]:
+    """The schedules of these types, by name: making one up from its parts takes longer than all else here."""
+    tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels_for(types)}
+    return [(s.name, ScheduleConfig(tiles[s.tile], s.split, s.even_ctas)) for s in manifest.schedules_for(types)]
 
 
 def corrections(measured: Measured, product: tuple[int, int, int]) -> dict[str, float]:
@@ -242,30 +332,23 @@ def corrections(measured: Measured, product: tuple[int, int, int]) -> dict[str, 
 def explain(manifest: Manifest, types_name: str, m: int, n: int, k: int, part: Part) -> Explanation:
     """The schedules that the bundle holds for these types and that suit ``m`` tokens, with their predicted times.
 
-    Raises UnsupportedError if the manifest has no coefficients for these types.
+    Raises UnsupportedError if the manifest has nothing to predict them from.
     """
-    tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels if kernel.types.name == types_name}
-    table = table_for(manifest, part)
-    coefficients = table.coefficients.get(types_name, {})
-    fitted = [s for s in manifest.schedules if s.tile in tiles and s.name in coefficients]
+    types = _types_named(manifest, types_name)
+    table = table_for(manifest, part, types_name)
+    coefficients = table.coefficients[types_name]
+    fitted = [(name, schedule) for name, schedule in _schedules_of(manifest, types) if name in coefficients]
     if not fitted:
         raise UnsupportedError(
             f"the bundle's manifest has no fitted schedule for {types_name}; name one of supported_schedules(...) with "
             "schedule=, or use a bundle that was built with its heuristic"
         )
-    suitable = [s for s in fitted if tiles[s.tile].suits(m)] or fitted
+    suitable = [pair for pair in fitted if pair[1].tile.suits(m)] or fitted
     measured = table.measured.get(types_name)
     factors = corrections(measured, (m, n, k)) if measured else {}
     candidates = [
-        predict(
-            ScheduleConfig(tiles[s.tile], s.split, s.even_ctas),
-            (m, n, k),
-            part.sms,
-            coefficients[s.name],
-            table.bytes_per_us,
-            factors.get(s.name, 1.0),
-        )
-        for s in suitable
+        predict(s, types, (m, n, k), part.sms, coefficients[name], table.bytes_per_us, factors.get(name, 1.0))
+        for name, s in suitable
     ]
     candidates.sort(key=lambda c: c.time_us)
     return Explanation(types_name, m, n, k, part.sms, table.source, tuple(candidates))

@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from . import reference
 from .prepack import prepack_b
 from .product import gemm
-from .scalar_type import u4b8
+from .scalar_type import ScalarType, u4, u4b8, u8, u8b128
 from .selection import traffic
 
 COLD_BYTES = 230e6  # weights in rotation: several times a Hopper's 50 to 60 MB of L2
@@ -51,9 +51,36 @@ def ceiling_of(device_name: str) -> tuple[Ceiling, bool]:
     return H100, H100.of in device_name
 
 
-def floor_us(m: int, n: int, k: int, group: int = 128, ceiling: Ceiling = H100) -> float:
+@dataclass(frozen=True)
+class WeightKind:
+    """How weights are quantised. ``zeros``: "none", "float" or "int", zero points beside the type's own."""
+
+    b_type: ScalarType = u4b8
+    zeros: str = "none"
+
+    @property
+    def name(self) -> str:
+        return self.b_type.name + {"none": "", "float": "+zeros", "int": "+int-zeros"}[self.zeros]
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes of a zero point."""
+        return {"none": 0, "float": 2, "int": 1}[self.zeros]
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        *(WeightKind(b_type) for b_type in (u4b8, u8b128, u4, u8)),
+        *(WeightKind(b_type, zeros) for b_type in (u4, u8) for zeros in ("float", "int")),
+    )
+}
+U4B8 = KINDS["u4b8"]
+
+
+def floor_us(m: int, n: int, k: int, group: int = 128, ceiling: Ceiling = H100, kind: WeightKind = U4B8) -> float:
     """The time that memory traffic or arithmetic takes at least, in microseconds. ``group`` -1: one group over K."""
-    moved = traffic(m, n, k, group=k if group == -1 else group)
+    moved = traffic(m, n, k, kind.b_type.bits, k if group == -1 else group, kind.zero_bytes)
     return max(moved / ceiling.bytes_per_us, 2 * m * n * k / ceiling.flops_per_us)
 
 
@@ -99,62 +126,85 @@ def alternate_us(graphs: Sequence[TimedGraph], rounds: int) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
+class Quantised(NamedTuple):
+    """One copy of a layer's weights: codes, packed or prepacked, scales and zeros."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class Weights:
     """One weight shape, quantised, in as many copies of other values as it takes to keep L2 cold.
 
-    ``copies``: w_q int32 [ceil(K / 8), N] of u4b8 codes in GPTQ order, and scales [ceil(K / group), N] in ``dtype``.
-    ``group`` -1 is one group over K. Every implementation that is timed multiplies by these values, in 16 bits by the
-    first ``plain_copies``.
+    ``copies``: codes int32 [ceil(K / b_type.per_int32), N] in GPTQ order, scales [ceil(K / group), N] in ``dtype``, and
+    zeros of that shape in ``dtype`` or uint8, or None. ``group`` -1 is one group over K. Every implementation that is
+    timed multiplies by these values, in 16 bits by the first ``plain_copies``.
     """
 
     n: int
     k: int
     group: int
     dtype: torch.dtype
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    copies: tuple[Quantised, ...]
     plain_copies: int
+    kind: WeightKind = U4B8
 
     @staticmethod
     def make(
-        n: int, k: int, group: int, dtype: torch.dtype, device: str = "cuda", copies: int | None = None
+        n: int,
+        k: int,
+        group: int,
+        dtype: torch.dtype,
+        device: str = "cuda",
+        copies: int | None = None,
+        kind: WeightKind = U4B8,
     ) -> Weights:
-        """Random codes, each equally frequent, and positive scales.
+        """Random codes, each equally frequent, positive scales, and zero points in the middle half of the codes.
 
         ``copies``: None makes as many as keep L2 cold, fewer of them in 16 bits; a number makes so many of both.
         """
-        groups = 1 if group == -1 else math.ceil(k / group)
+        groups, b_type = 1 if group == -1 else math.ceil(k / group), kind.b_type
         made = []
-        for _ in range(_cold_copies(n * k / 2) if copies is None else copies):
-            words = torch.randint(-(2**31), 2**31, (math.ceil(k / 8), n), dtype=torch.int32, device=device)
-            made.append((words, (torch.rand(groups, n, device=device) * 0.03 + 0.002).to(dtype)))
+        for _ in range(_cold_copies(n * k * b_type.bits / 8) if copies is None else copies):
+            shape = math.ceil(k / b_type.per_int32), n
+            words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
+            scales = (torch.rand(groups, n, device=device) * 0.03 + 0.002).to(dtype)
+            zeros = None
+            if kind.zeros != "none":
+                codes = 1 << b_type.bits
+                zeros = torch.randint(codes // 4, 3 * codes // 4, (groups, n), device=device, dtype=torch.uint8)
+                if kind.zeros == "float":
+                    zeros = scales * zeros.to(dtype)
+            made.append(Quantised(words, scales, zeros))
         plain = min(_cold_copies(2 * n * k), len(made)) if copies is None else len(made)
-        return Weights(n, k, group, dtype, tuple(made), plain)
+        return Weights(n, k, group, dtype, tuple(made), plain, kind)
 
-    def prepacked(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each copy as ``machete_aot.gemm`` takes it: prepacked, scales."""
-        for words, scales in self.copies:
-            yield prepack_b(words, u4b8, self.dtype, k=self.k), scales
+    def prepacked(self) -> Iterator[Quantised]:
+        """Each copy as ``machete_aot.gemm`` takes it: its codes prepacked."""
+        for copy in self.copies:
+            yield copy._replace(codes=prepack_b(copy.codes, self.kind.b_type, self.dtype, k=self.k))
 
 
-def ours(
-    weights: Weights, packed: Sequence[tuple[torch.Tensor, torch.Tensor]], schedule: str | None, overlap: bool | None
-) -> Multiply:
-    """machete_aot.gemm on prepacked weights and their scales. ``schedule`` and ``overlap`` are what gemm takes."""
+def ours(weights: Weights, packed: Sequence[Quantised], schedule: str | None, overlap: bool | None) -> Multiply:
+    """machete_aot.gemm on prepacked weights. ``schedule`` and ``overlap`` are what gemm takes."""
+    b_type = weights.kind.b_type
 
     def multiply(i: int, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        b, scales = packed[i % len(packed)]
-        return gemm(a, b, u4b8, scales, b_group_size=weights.group, out=out, schedule=schedule, overlap=overlap)
+        b, scales, zeros = packed[i % len(packed)]
+        return gemm(a, b, b_type, scales, zeros, weights.group, out=out, schedule=schedule, overlap=overlap)
 
     return multiply
 
 
 def cublas(weights: Weights) -> Multiply:
     """torch.mm with the weights dequantised to 16 bits, [N, K] in memory as torch.nn.Linear has them."""
-    plain = []
-    for words, scales in weights.copies[: weights.plain_copies]:
-        packed = prepack_b(words, u4b8, weights.dtype, k=weights.k)
-        plain.append(reference.dequantize(packed, u4b8, scales, None, weights.group, weights.k).t().contiguous())
+    plain, b_type = [], weights.kind.b_type
+    for words, scales, zeros in weights.copies[: weights.plain_copies]:
+        packed = prepack_b(words, b_type, weights.dtype, k=weights.k)
+        values = reference.dequantize(packed, b_type, scales, zeros, weights.group, weights.k)
+        plain.append(values.t().contiguous())
 
     def multiply(i: int, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.mm(a, plain[i % len(plain)].t(), out=out)
@@ -170,11 +220,11 @@ class Layer:
         self._buffers: tuple[int, list[torch.Tensor]] = (-1, [])
 
     @staticmethod
-    def make(n: int, k: int, group: int, dtype: torch.dtype) -> Layer:
-        return Layer(Weights.make(n, k, group, dtype))
+    def make(n: int, k: int, group: int, dtype: torch.dtype, kind: WeightKind = U4B8) -> Layer:
+        return Layer(Weights.make(n, k, group, dtype, kind=kind))
 
     @cached_property
-    def packed(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def packed(self) -> list[Quantised]:
         return list(self.weights.prepacked())
 
     @cached_property
@@ -187,7 +237,7 @@ class Layer:
     def buffers(self, m: int) -> list[torch.Tensor]:
         """Activations [m, K] and two outputs [m, N], shared by all graphs of the same ``m``."""
         if self._buffers[0] != m:
-            w, device = self.weights, self.weights.copies[0][0].device
+            w, device = self.weights, self.weights.copies[0].codes.device
             a = torch.randn(m, w.k, device=device).to(w.dtype)
             self._buffers = m, [a, *(a.new_empty(m, w.n) for _ in range(2))]
         return self._buffers[1]
@@ -195,7 +245,7 @@ class Layer:
     def calls_in_graph(self, m: int) -> int:
         """Enough calls to fill GRAPH_US, and every copy equally often."""
         w, copies = self.weights, len(self.weights.copies)
-        wanted = max(4, min(120, int(GRAPH_US / (floor_us(m, w.n, w.k, w.group) + 1.5))))
+        wanted = max(4, min(120, int(GRAPH_US / (floor_us(m, w.n, w.k, w.group, kind=w.kind) + 1.5))))
         return math.ceil(wanted / copies) * copies
 
     def graph(self, m: int, multiply: Multiply, calls: int | None = None) -> TimedGraph:

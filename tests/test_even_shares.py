@@ -31,6 +31,8 @@ TILES = (
     TileConfig("flat", 1, 1, 2, 1, 128, 5, 2),  # 128 rows, 128 tokens, steps of 64 k
     TileConfig("flat", 3, 1, 1, 2, 128, 4, 1),  # 192 rows, 128 tokens, steps of 128 k
     FLAT,  # 128 rows, 256 tokens, steps of 128 k
+    replace(FLAT, cluster=2),  # 256 rows
+    TileConfig("flat", 1, 1, 2, 2, 128, 2, 2, 2),  # 256 rows, 128 tokens, steps of 128 k, two CTAs an SM
 )
 
 
@@ -44,9 +46,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """The CTAs of one launch. A share is a CTA's number in the list of even steps, counted against blockIdx."""
+    """The clusters of one launch. A share is one's number in the list of even steps, counted against blockIdx.
 
-    ctas: int
+    The CTAs of a cluster do the same, each for its own rows; a block below is what they are together.
+    """
+
+    clusters: int
     tiles: int
     steps: int
     even_tiles: int
@@ -54,7 +59,7 @@ class Model:
     longer_shares: int
 
     def share_of(self, block: int) -> int:
-        return self.ctas - 1 - block
+        return self.clusters - 1 - block
 
     def length(self, share: int) -> int:
         return self.share_steps + (share < self.longer_shares)
@@ -63,9 +68,9 @@ class Model:
         return self.share_steps * share + min(share, self.longer_shares)
 
     def pieces(self, block: int) -> list[Piece]:
-        """What ``Work`` gives this CTA, in order: every ``ctas``-th whole tile, then its share, cut at tiles' ends."""
+        """What ``Work`` gives it, in order: every ``clusters``-th whole tile, then its share, cut at tiles' ends."""
         whole = self.tiles - self.even_tiles
-        found = [Piece(tile, 0, self.steps) for tile in range(block, whole, self.ctas)]
+        found = [Piece(tile, 0, self.steps) for tile in range(block, whole, self.clusters)]
         share = self.share_of(block)
         at, left = self.begin(share), self.length(share)
         while left:
@@ -100,9 +105,9 @@ def plan_of(tile: TileConfig, m: int, n: int, k: int, even_ctas: int, sms: int) 
 
 def model_of(plan: LaunchPlan) -> Model:
     p = plan.params
-    assert plan.grid[1:] == (1, 1)
+    assert plan.grid[1:] == (1, 1) and plan.grid[0] % plan.cluster[0] == 0
     return Model(
-        plan.grid[0],
+        plan.grid[0] // plan.cluster[0],
         p["row_tiles"] * p["token_tiles"],
         p["steps"],
         p["even_tiles"],
@@ -114,17 +119,18 @@ def model_of(plan: LaunchPlan) -> Model:
 def check(tile: TileConfig, m: int, n: int, k: int, even_ctas: int, sms: int) -> None:
     plan = plan_of(tile, m, n, k, even_ctas, sms)
     model = model_of(plan)
-    assert model.tiles == ceil_div(n, tile.rows) * ceil_div(m, tile.tokens)
+    assert model.tiles == ceil_div(n, tile.rows * tile.cluster) * ceil_div(m, tile.tokens)
     assert model.steps == ceil_div(ceil_div(k, 64), tile.step_units)
-    assert plan.cluster == (1, 1, 1)  # nobody but the pieces below ties CTAs together
-    assert 1 <= model.ctas <= (even_ctas or tile.ctas_per_sm) * sms
+    assert plan.cluster == (tile.cluster, 1, 1)  # nobody but the pieces below ties clusters together
+    room = max(1, (even_ctas or tile.ctas_per_sm) * sms // tile.cluster)
+    assert 1 <= model.clusters <= room
 
     covered: Counter[tuple[int, int]] = Counter()
     stored: dict[int, int] = {}  # tile -> blockIdx
     givers: dict[int, list[int]] = defaultdict(list)  # tile -> shares, in order of K
-    for block in reversed(range(model.ctas)):  # in the order of shares
+    for block in reversed(range(model.clusters)):  # in the order of shares
         pieces = model.pieces(block)
-        assert pieces, f"CTA {block} has nothing to do"
+        assert pieces, f"block {block} has nothing to do"
         covered.update((p.tile, step) for p in pieces for step in range(p.first, p.end))
         given = [p for p in pieces if p.first > 0]
         assert len(given) == model.gives(block)  # at most one place in the workspace, and announced if and only if used
@@ -147,16 +153,17 @@ def check(tile: TileConfig, m: int, n: int, k: int, even_ctas: int, sms: int) ->
         (piece,) = (p for p in model.pieces(block) if p.tile == tile_index)
         awaited = model.awaited(piece, block)
         assert awaited == givers.pop(tile_index, [])
-        assert all(model.ctas - 1 - share < block for share in awaited)
-        if model.tiles >= (even_ctas or tile.ctas_per_sm) * sms:
+        assert all(model.clusters - 1 - share < block for share in awaited)
+        if model.tiles >= room:
             assert len(awaited) <= 1
     assert not givers
 
     if even_ctas:  # no CTA has two steps more than another
-        work = [sum(p.end - p.first for p in model.pieces(block)) for block in range(model.ctas)]
+        work = [sum(p.end - p.first for p in model.pieces(block)) for block in range(model.clusters)]
         assert max(work) - min(work) <= 1
 
-    used = ceil_div(model.ctas * 8, 1024) * 1024 + model.ctas * tile.rows * tile.tokens * 4
+    ctas = plan.grid[0]
+    used = ceil_div(ctas * 8, 1024) * 1024 + ctas * tile.rows * tile.tokens * 4
     assert plan.workspace == (used if model.even_tiles else 0)
     if not even_ctas:
         assert model.even_tiles == model.share_steps == model.longer_shares == 0
@@ -170,7 +177,7 @@ def products(draw: st.DrawFn) -> tuple[TileConfig, int, int, int, int, int]:
     tokens, rows, steps = (draw(st.integers(1, most)) for most in (6, 60, 12))
     step_k = tile.step_units * 64
     m = tokens * tile.tokens - draw(st.integers(0, tile.tokens - 1))
-    n = rows * tile.rows - draw(st.integers(0, tile.rows - 1))
+    n = rows * tile.rows - draw(st.integers(0, tile.rows - 1))  # with a cluster, the last CTA may have none
     k = steps * step_k - draw(st.integers(0, step_k - 1))
     return tile, m, n, k, draw(st.integers(0, tile.ctas_per_sm)), sms
 
@@ -190,19 +197,21 @@ _HOST = """
 using std::min;
 static struct { unsigned x; } blockIdx, gridDim;
 PART
-struct T { static constexpr int TOKENS = 32, ROWS = 128; };
+struct T { static constexpr int TOKENS = 32, ROWS = 128, CLUSTER = CTAS; };
 int main() {
   GemmParams p = {};
   while (std::scanf("%u %d %d %d %d %d %d", &gridDim.x, &p.row_tiles, &p.token_tiles, &p.steps, &p.even_tiles,
                     &p.share_steps, &p.longer_shares) == 7) {
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
-      std::printf("%d", Work::gives(p));
-      for (Work work(p); work.next();) std::printf(" %d:%d:%d", work.tile, work.from, work.to);
+      std::printf("%d", Work<T>::gives(p));
+      for (Work<T> work(p); work.next();) std::printf(" %d:%d:%d", work.tile, work.from, work.to);
       std::printf("\\n");
     }
     for (int tile = 0, row, token; tile < p.row_tiles * p.token_tiles; tile++) {
-      place_tile<T>(p, tile, row, token);
-      std::printf("%d:%d ", row, token);
+      for (blockIdx.x = 0; blockIdx.x < T::CLUSTER; blockIdx.x++) {
+        place_tile<T>(p, tile, row, token);
+        std::printf("%d:%d ", row, token);
+      }
     }
     std::printf("\\n");
   }
@@ -210,15 +219,16 @@ int main() {
 """
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[1, 2])
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The program, and the CTAs of a cluster that it was compiled for."""
     text = (KERNELS / "flat_gemm.cuh").read_text()
-    part = re.search(r"^template <class T>\nDEVICE void place_tile\(.*^struct Work \{.*?^\};\n", text, re.S | re.M)
-    assert part, "flat_gemm.cuh no longer has place_tile and, after it, Work"
+    part = re.search(r"^template <class T>\nDEVICE int cta_rank\(.*^struct Work \{.*?^\};\n", text, re.S | re.M)
+    assert part, "flat_gemm.cuh no longer has cta_rank and, after it, place_tile and Work"
     program = tmp_path_factory.mktemp("host") / "work"
-    command = ["g++", "-std=c++17", "-x", "c++", "-", f"-I{KERNELS}", "-o", str(program)]
+    command = ["g++", "-std=c++17", f"-DCTAS={request.param}", "-x", "c++", "-", f"-I{KERNELS}", "-o", str(program)]
     subprocess.run(command, input=_HOST.replace("PART", part[0]), text=True, check=True)
-    return program
+    return program, request.param
 
 
 PRODUCTS = [
@@ -237,22 +247,25 @@ PRODUCTS = [
 
 @pytest.mark.parametrize("even_ctas", [0, 1, 2])
 @pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
-def test_products_on_132_sms(host: Path, m: int, n: int, k: int, even_ctas: int) -> None:
-    check(TILES[1], m, n, k, even_ctas, 132)
-    plan = plan_of(TILES[1], m, n, k, even_ctas, 132)
+def test_products_on_132_sms(host: tuple[Path, int], m: int, n: int, k: int, even_ctas: int) -> None:
+    program, cluster = host
+    tile = replace(TILES[1], cluster=cluster)
+    check(tile, m, n, k, even_ctas, 132)
+    plan = plan_of(tile, m, n, k, even_ctas, 132)
     model, p = model_of(plan), plan.params
     names = ("row_tiles", "token_tiles", "steps", "even_tiles", "share_steps", "longer_shares")
-    numbers = " ".join(str(x) for x in (model.ctas, *(p[name] for name in names)))
+    numbers = " ".join(str(x) for x in (plan.grid[0], *(p[name] for name in names)))
     *ctas, places = subprocess.run(
-        [host], input=numbers, capture_output=True, text=True, check=True
+        [program], input=numbers, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for block, line in enumerate(ctas):
         gives, *pieces = line.split()
-        assert [Piece(*map(int, piece.split(":"))) for piece in pieces] == model.pieces(block)
-        assert bool(int(gives)) == model.gives(block)
+        assert [Piece(*map(int, piece.split(":"))) for piece in pieces] == model.pieces(block // cluster)
+        assert bool(int(gives)) == model.gives(block // cluster)
+    assert len(ctas) == plan.grid[0]
     found = [tuple(map(int, place.split(":"))) for place in places.split()]
     assert sorted(found) == [
-        (128 * row, 32 * token) for row in range(p["row_tiles"]) for token in range(p["token_tiles"])
+        (128 * row, 32 * token) for row in range(p["row_tiles"] * cluster) for token in range(p["token_tiles"])
     ]
 
 
@@ -264,7 +277,9 @@ def test_the_model_finds_wrong_parameters() -> None:
         replace(good, longer_shares=good.longer_shares - 1),
         replace(good, share_steps=good.share_steps + 1),
         replace(good, even_tiles=good.even_tiles - 1),
-        replace(good, ctas=good.ctas - 1),
+        replace(good, clusters=good.clusters - 1),
     ):
-        steps = [(p.tile, s) for block in range(wrong.ctas) for p in wrong.pieces(block) for s in range(p.first, p.end)]
+        steps = [
+            (p.tile, s) for block in range(wrong.clusters) for p in wrong.pieces(block) for s in range(p.first, p.end)
+        ]
         assert sorted(steps) != [(tile, step) for tile in range(good.tiles) for step in range(good.steps)]

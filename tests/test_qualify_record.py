@@ -4,8 +4,11 @@ finds every way in which a kernel may be wrong."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from machete_aot import qualify, record
+from machete_aot import qualify, record, reference
 from machete_aot.config import TypeConfig
 from machete_aot.errors import DeviceError
-from machete_aot.manifest import kernel_id, parse_manifest
-from machete_aot.scalar_type import u4b8
+from machete_aot.manifest import Manifest, kernel_id, parse_manifest
+from machete_aot.scalar_type import ScalarType
+from machete_aot.validate import Problem
 from small_bundle import TILES, TYPES, small_bundle
 
 BF16, FP16 = TYPES
@@ -29,13 +33,14 @@ NAMES = [s.name for s in MANIFEST.schedules]
 
 def make_record() -> dict[str, Any]:
     """A record that qualifies ``MANIFEST``, as plain JSON values."""
-    result = record.ScheduleResult(1e-4, (1, 128, 128, -1), 13, True, True, ())
+    errors = {"bf16": 1e-4, "fp16": 2e-4, "fp32": 1e-6}
+    result = record.ScheduleResult(errors, "M=1 N=128 K=128 group=-1 u4b8 out=fp16", 20, True, True, ())
     kernels = {
         k.id: record.KernelResult({s.name: result for s in MANIFEST.schedules if s.tile == k.tile.name})
         for k in MANIFEST.kernels
     }
     return record.Record(
-        schema=1,
+        schema=2,
         bundle=record.BundleId("sm90a", "0.1.0", MANIFEST_DIGEST),
         device=record.DeviceInfo("NVIDIA H100 80GB HBM3", 132, "580.159.04", 13000, "2.13.0"),
         date="2026-11-22",
@@ -43,6 +48,10 @@ def make_record() -> dict[str, Any]:
         tolerance=record.TOLERANCE,
         kernels=kernels,
     ).as_json()
+
+
+def set_error(name: str, out: str, value: float | None) -> Callable[[dict[str, Any]], object]:
+    return lambda r: at(r, *globals()[name], "worst_errors").update({out: value})
 
 
 def at(values: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -62,7 +71,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "version": (lambda r: at(r, "bundle").update(version="0.0.9"), "bundle.version: the record is about '0.0.9'"),
     "arch": (lambda r: at(r, "bundle").update(arch="sm100a"), "bundle.arch: the record is about 'sm100a'"),
-    "schema": (lambda r: r.update(schema=2), "schema: 2 is not 1"),
+    "schema": (lambda r: r.update(schema=1), "schema: 1 is not 2"),
     "date": (lambda r: r.update(date="yesterday"), "date: 'yesterday' is not a date"),
     "kernel missing": (lambda r: at(r, "kernels").pop(FP16_FLAT), f"kernel {FP16_FLAT}: not in the record"),
     "kernel unknown": (lambda r: at(r, "kernels").update(x={"schedules": {}}), "kernel x: not in the manifest"),
@@ -71,30 +80,41 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda r: at(r, *ONE[:-1]).update({NAMES[2]: at(r, *ONE)}),
         f"schedule {NAMES[2]}: not in the manifest",
     ),
-    "error": (lambda r: at(r, *ONE).update(worst_error=2.6e-3), "error 0.0026, where 0 to 0.0025 is allowed, at M=1"),
-    "error for fp16": (lambda r: at(r, *FP16_ONE).update(worst_error=4e-4), "error 0.0004, where 0 to 0.00035"),
-    "error below 0": (lambda r: at(r, *ONE).update(worst_error=-1.0), "error -1, where 0 to"),
-    "error not finite": (lambda r: at(r, *ONE).update(worst_error=float("nan")), "worst_error: not finite"),
-    "output not finite": (
-        lambda r: at(r, *ONE).update(worst_error=None),
-        "an output is not finite, or was not written",
-    ),
+    "error": (set_error("ONE", "bf16", 2.6e-3), "error 0.0026 in bf16, where 0 to 0.0025 is allowed; worst case: M=1"),
+    "error in fp32": (set_error("ONE", "fp32", 2.6e-3), "error 0.0026 in fp32, where 0 to 0.0025 is allowed"),
+    "error in fp16": (set_error("ONE", "fp16", 2.6e-3), "error 0.0026 in fp16, where 0 to 0.0025 is allowed"),
+    "error for fp16": (set_error("FP16_ONE", "fp16", 4e-4), "error 0.0004 in fp16, where 0 to 0.00035"),
+    "fp32 for fp16": (set_error("FP16_ONE", "fp32", 4e-4), "error 0.0004 in fp32, where 0 to 0.00035"),
+    "bf16 for fp16": (set_error("FP16_ONE", "bf16", 2.6e-3), "error 0.0026 in bf16, where 0 to 0.0025"),
+    "error below 0": (set_error("ONE", "bf16", -1.0), "error -1 in bf16, where 0 to"),
+    "error not finite": (set_error("ONE", "bf16", float("nan")), "worst_errors.bf16: not finite"),
+    "output not finite": (set_error("ONE", "bf16", None), "an output in bf16 is not finite, or was not written"),
+    "no fp32 output": (lambda r: at(r, *ONE, "worst_errors").pop("fp32"), "no product with an output in fp32"),
+    "another output": (set_error("ONE", "fp8", 0.0), "an output of type 'fp8' is not one of"),
     "not deterministic": (lambda r: at(r, *ONE).update(deterministic=False), "two runs differ"),
     "guards": (lambda r: at(r, *ONE).update(guards_intact=False), "something beside the output was written"),
-    "too few cases": (lambda r: at(r, *ONE).update(cases=4), "4 cases, where 10 are wanted"),
+    "too few cases": (lambda r: at(r, *ONE).update(cases=4), "4 cases, where 16 are wanted"),
     "raised": (lambda r: at(r, *ONE).update(failures=["M=1: DriverCallError"]), "raised M=1: DriverCallError"),
     "loose tolerance": (lambda r: at(r, "tolerance").update(bf16=0.1), "tolerance: 'bf16' at 0.1"),
     "unknown tolerance": (lambda r: at(r, "tolerance").update(fp8=0.1), "tolerance: 'fp8' at 0.1"),
     "field missing": (lambda r: at(r, *ONE).pop("guards_intact"), "guards_intact: missing"),
     "field unknown": (lambda r: r.update(comment="fine"), "record.comment: unknown"),
     "wrong type": (lambda r: at(r, *ONE).update(deterministic="yes"), "deterministic: expected bool, found str"),
-    "case of three": (lambda r: at(r, *ONE).update(worst_case=[1, 2, 3]), "expected 4 values, found 3"),
+    "case of numbers": (lambda r: at(r, *ONE).update(worst_case=[1, 2, 3]), "worst_case: expected str, found a list"),
     "device missing": (lambda r: r.pop("device"), "record.device: missing"),
 }
 
 
 def test_a_good_record_qualifies() -> None:
     assert record.check_record(make_record(), MANIFEST) == []
+
+
+def test_a_coarser_output_has_its_own_tolerance() -> None:
+    values = make_record()
+    at(values, *FP16_ONE, "worst_errors")["bf16"] = 2.4e-3
+    assert record.check_record(values, MANIFEST) == []
+    assert [record.tolerance("fp16", out) for out in record.OUTPUTS] == [2.5e-3, 3.5e-4, 3.5e-4]
+    assert [record.tolerance("bf16", out) for out in record.OUTPUTS] == [2.5e-3] * 3
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -156,27 +176,121 @@ def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == before
 
 
+# ---------------------------------------------------------------- which products
+
+CATALOGUE = (
+    *(BF16, FP16, TypeConfig("bf16", "u4", "bf16", "float"), TypeConfig("bf16", "u4", "bf16", "int")),
+    *(TypeConfig("bf16", "u8", "bf16", "float"), TypeConfig("bf16", "u8", "bf16", "int")),
+    *(TypeConfig("fp16", "u4", "fp16", "any"), TypeConfig("fp16", "u8", "fp16", "any")),
+)
+
+
+def with_types(*types: TypeConfig) -> Manifest:
+    """What a manifest with kernels of these types says of them."""
+    return dataclasses.replace(
+        MANIFEST, kernels=tuple(dataclasses.replace(MANIFEST.kernels[0], types=t) for t in types)
+    )
+
+
+KINDS = {
+    "bf16_u4b8": {("u4b8", "none")},
+    "fp16_u4b8": {("u4b8", "none")},
+    "bf16_u4_float": {("u4b8", "none"), ("u4", "none"), ("u4", "float")},
+    "bf16_u4_int": {("u4", "int")},
+    "bf16_u8_float": {("u8b128", "none"), ("u8", "none"), ("u8", "float")},
+    "bf16_u8_int": {("u8", "int")},
+    "fp16_u4_any": {("u4b8", "none"), ("u4", "none"), ("u4", "float"), ("u4", "int")},
+    "fp16_u8_any": {("u8b128", "none"), ("u8", "none"), ("u8", "float"), ("u8", "int")},
+}
+catalogue = pytest.mark.parametrize("types", CATALOGUE, ids=lambda t: t.name)
+
+
+@catalogue
+def test_weights(types: TypeConfig) -> None:
+    found = qualify.weights_of(with_types(*CATALOGUE), types)
+    assert {(w.b, w.zeros) for w in found} == KINDS[types.name]
+    for b, zeros in KINDS[types.name]:
+        groups = {w.group for w in found if (w.b, w.zeros) == (b, zeros)}
+        if types.name.endswith("u4b8"):
+            assert groups == {-1, 64, 128}
+        else:  # but for what kernels without zeros come first with
+            assert groups == ({32, 96} if b == "u4b8" else {-1, 32, 64, 96, 128})
+
+
+def test_weights_of_a_bundle_without_the_kernels_that_come_first() -> None:
+    types = TypeConfig("fp16", "u4", "fp16", "any")
+    found = qualify.weights_of(with_types(types), types)
+    assert {w.group for w in found if w.b == "u4b8"} == set(qualify.GROUPS)
+    assert len(found) == qualify.CASES  # so each schedule runs every one
+
+
+@catalogue
 @pytest.mark.parametrize("tokens", [8, 16, 64, 256])
-def test_cases(tokens: int) -> None:
-    cases = qualify.cases_for(tokens)
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_cases_of_a_schedule(types: TypeConfig, tokens: int, number: int) -> None:
+    weights = qualify.weights_of(with_types(*CATALOGUE), types)
+    cases = qualify.cases_for(types, weights, tokens, number)
     assert len(cases) == len(set(cases)) == qualify.CASES >= record.MIN_CASES
-    assert {c.m for c in cases} == {1, tokens - 1, tokens, tokens + 1, 2 * tokens + 3}
-    assert {(c.n, c.k) for c in cases} == set(qualify.SHAPES)
-    assert {c.group for c in cases} == {-1, 64, 128}
-    assert {(c.bias, c.aligned) for c in cases} == {(x, y) for x in (True, False) for y in (True, False)}
+    assert {c.weights for c in cases} == set(weights)
+    features = [
+        *((c.m for c in cases), (c.k for c in cases), (c.bias for c in cases), (c.aligned for c in cases)),
+        *((c.weights.group for c in cases), ((c.weights.b, c.weights.zeros) for c in cases), (c.out for c in cases)),
+        *((c.channel for c in cases), (c.token for c in cases), (c.swiglu for c in cases)),
+    ]
+    counts = [Counter(values) for values in features]
+    assert min(min(count.values()) for count in counts) >= 2
+    assert set(counts[0]) == {1, tokens - 1, tokens, tokens + 1, 2 * tokens + 3}
+    assert {(c.n, c.k) for c in cases if not c.swiglu} <= set(qualify.SHAPES) and len(counts[1]) == len(qualify.SHAPES)
+    assert set(counts[6]) == set(record.OUTPUTS)
+    assert all(c.n % 16 == 0 for c in cases if c.swiglu)
+    plain = [c for c in cases if not (c.channel or c.token or c.swiglu) and c.out == types.a]
+    assert len(plain) >= 4 and {c.bias for c in plain} == {True, False}
+
+
+@catalogue
+def test_cases_of_twenty_schedules(types: TypeConfig) -> None:
+    weights = qualify.weights_of(with_types(*CATALOGUE), types)
+    cases = [c for number in range(20) for c in qualify.cases_for(types, weights, 16, number)]
+    epilogue = {(c.channel, c.token, c.swiglu, c.out) for c in cases}
+    assert len(epilogue) == len(set(qualify.EPILOGUES))
+    combined = {(c.weights, c.bias, c.channel, c.token, c.swiglu, c.out) for c in cases}
+    assert len(combined) == len(weights) * 2 * len(epilogue)
+    for feature in ("m", "k", "aligned"):
+        values = {getattr(c, feature) for c in cases}
+        assert len({(getattr(c, feature), c.weights) for c in cases}) == len(values) * len(weights), feature
+        crossed = {(getattr(c, feature), c.channel, c.token, c.swiglu, c.out) for c in cases}
+        assert len(crossed) == len(values) * len(epilogue), feature
+    assert len({(c.m, c.k) for c in cases}) == 25
+
+
+def test_epilogues_have_every_pair_of_features() -> None:
+    for x, y in itertools.combinations(("channel", "token", "swiglu", "out"), 2):
+        pairs = {(getattr(e, x), getattr(e, y)) for e in qualify.EPILOGUES}
+        assert len(pairs) == (6 if y == "out" else 4), (x, y)
+
+
+def test_a_case_in_words() -> None:
+    weights = qualify.Weights("u4", "int", 96)
+    case = qualify.Case(7, 1008, 1096, weights, True, False, True, True, True, "fp32")
+    assert str(case) == ("M=7 N=1008 K=1096 group=96 u4 zeros=int bias channel token swiglu out=fp32 unaligned")
+    plain = qualify.Case(1, 128, 128, qualify.Weights("u4b8", "none", -1), False, True, False, False, False, "bf16")
+    assert str(plain) == "M=1 N=128 K=128 group=-1 u4b8 out=bf16"
 
 
 # ---------------------------------------------------------------- one case, with right and wrong kernels
 
-CASE = qualify.Case(m=5, n=128, k=200, group=64, bias=True, aligned=False)
+PLAIN = qualify.Weights("u4b8", "none", 64)
+CASE = qualify.Case(5, 128, 200, PLAIN, True, False, False, False, False, "bf16")
 Gemm = Callable[..., torch.Tensor]
 
 
-def operands(types: TypeConfig = BF16) -> qualify.Operands:
-    return qualify.make_operands(types, CASE.n, CASE.k, CASE.group, 11, torch.Generator().manual_seed(3))
+def operands(case: qualify.Case = CASE, a: str = "bf16", seed: int = 3) -> qualify.Operands:
+    return qualify.make_operands(a, case.n, case.k, case.weights, 11, torch.Generator().manual_seed(seed))
 
 
-def run_with(monkeypatch: pytest.MonkeyPatch, damage: Callable[[torch.Tensor], object]) -> qualify.Outcome:
+def run_with(
+    monkeypatch: pytest.MonkeyPatch, damage: Callable[[torch.Tensor], object], **changes: Any
+) -> qualify.Outcome:
     """The outcome of the case when something happens to the output after the product."""
     honest = qualify.gemm
 
@@ -186,51 +300,132 @@ def run_with(monkeypatch: pytest.MonkeyPatch, damage: Callable[[torch.Tensor], o
         return out
 
     monkeypatch.setattr(qualify, "gemm", damaged)
-    return qualify.run_case(operands(), CASE, u4b8, None)
+    case = dataclasses.replace(CASE, **changes)
+    return qualify.run_case(operands(case), case, None)
 
 
-@pytest.mark.parametrize("types", [BF16, FP16, TypeConfig("bf16", "u8", "bf16", "bf16")], ids=lambda t: t.name)
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_right_kernel_passes(types: TypeConfig, bias: bool, aligned: bool) -> None:
-    case = qualify.Case(CASE.m, CASE.n, CASE.k, CASE.group, bias, aligned)
-    outcome = qualify.run_case(operands(types), case, qualify.scalar_type(types.b), None)
-    assert outcome == qualify.Outcome(error=0.0, deterministic=True, guards_intact=True)
+@catalogue
+def test_a_right_kernel_passes(types: TypeConfig) -> None:
+    weights = qualify.weights_of(with_types(*CATALOGUE), types)
+    for case in qualify.cases_for(types, weights, 4, 2):
+        small = dataclasses.replace(case, n=min(case.n, 144), k=min(case.k, 200))
+        outcome = qualify.run_case(operands(small, types.a), small, None)
+        assert outcome == qualify.Outcome(error=0.0, deterministic=True, guards_intact=True), small
 
 
-def test_a_wrong_element_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = run_with(monkeypatch, lambda out: out[3, 100:].zero_())
+@pytest.mark.parametrize("b", ["u4", "u8"])
+@pytest.mark.parametrize("a", ["bf16", "fp16"])
+def test_a_kernel_that_rounds_floating_zeros_once_passes(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one fused multiply-add, as the kernels do; the reference rounds twice. And data on which they differ."""
+    case = dataclasses.replace(CASE, n=128, k=128, weights=qualify.Weights(b, "float", 96), out=a)
+    twice = reference._dequantize_columns
+
+    def once(problem: Problem, b: torch.Tensor, b_type: ScalarType, first: int, last: int) -> torch.Tensor:
+        codes = reference.unpack_b(b, b_type, problem.n, problem.k).double()
+        scales, zeros = (
+            reference._per_k(t.double(), problem, first, last) for t in (problem.scales, problem.zeros) if t is not None
+        )
+        return (codes * scales - zeros).float().to(problem.scales.dtype)
+
+    errors = []
+    for seed in range(20):
+        data = operands(case, a, seed)
+        for epilogue in (qualify.Epilogue(), qualify.Epilogue(swiglu=True), qualify.Epilogue(True, True)):
+            kinds = {"channel": epilogue.channel, "token": epilogue.token, "swiglu": epilogue.swiglu}
+            monkeypatch.setattr(reference, "_dequantize_columns", once)
+            error = qualify.run_case(data, dataclasses.replace(case, **kinds), None).error
+            monkeypatch.setattr(reference, "_dequantize_columns", twice)
+            assert error is not None
+            errors.append(error)
+    assert 0 < max(errors) <= 0.7 * record.TOLERANCE[a]
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("out", record.OUTPUTS)
+def test_a_wrong_element_shows(monkeypatch: pytest.MonkeyPatch, out: str, swiglu: bool) -> None:
+    outcome = run_with(monkeypatch, lambda out: out[3, out.shape[1] - 28 :].zero_(), out=out, swiglu=swiglu)
     assert outcome.error is not None and outcome.error > 0.01
     assert outcome.deterministic and outcome.guards_intact
 
 
-def test_an_unwritten_element_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = run_with(monkeypatch, lambda out: out.view(torch.int16)[4, 127:].fill_(qualify.POISON))
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("out", record.OUTPUTS)
+def test_an_unwritten_element_shows(monkeypatch: pytest.MonkeyPatch, out: str, swiglu: bool) -> None:
+    def unwritten(out: torch.Tensor) -> None:
+        size = out.element_size()
+        out.view(qualify.BITS[size])[4, -1:].fill_(qualify.POISON[size])
+
+    outcome = run_with(monkeypatch, unwritten, out=out, swiglu=swiglu)
     assert outcome.error is None and outcome.deterministic and outcome.guards_intact
 
 
+@pytest.mark.parametrize("out", record.OUTPUTS)
 @pytest.mark.parametrize(("row", "column"), [(0, -1), (0, CASE.n), (4, CASE.n), (-1, 0), (CASE.m, 127), (4, -3)])
-def test_a_store_beside_the_output_shows(monkeypatch: pytest.MonkeyPatch, row: int, column: int) -> None:
+def test_a_store_beside_the_output_shows(monkeypatch: pytest.MonkeyPatch, out: str, row: int, column: int) -> None:
     def store(out: torch.Tensor) -> None:
         offset = out.storage_offset() + row * out.stride(0) + column
         out.as_strided((1,), (1,), offset).zero_()
 
-    outcome = run_with(monkeypatch, store)
+    outcome = run_with(monkeypatch, store, out=out)
     assert outcome == qualify.Outcome(error=0.0, deterministic=True, guards_intact=False)
 
 
-def test_one_different_bit_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("out", record.OUTPUTS)
+def test_one_different_bit_shows(monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     flips = iter([0, 1])
-    outcome = run_with(monkeypatch, lambda out: out.view(torch.int16)[2, 9].bitwise_xor_(next(flips)))
+    flip = lambda out: out.view(qualify.BITS[out.element_size()])[2, 9].bitwise_xor_(next(flips))  # noqa: E731
+    outcome = run_with(monkeypatch, flip, out=out)
     assert not outcome.deterministic and outcome.guards_intact
 
 
-def test_random_operands_are_what_the_record_claims() -> None:
-    made, again = operands(), operands()
-    assert all(torch.equal(x, y) for x, y in zip(made.expected, again.expected, strict=True))
-    assert all(bool(e.isfinite().all()) and float(e.float().norm()) > 0 for e in made.expected)
-    assert not torch.equal(*made.expected)
+@pytest.mark.parametrize(
+    "weights", [PLAIN, qualify.Weights("u8", "float", 32), qualify.Weights("u4", "int", -1)], ids=str
+)
+def test_random_operands_are_what_the_record_claims(weights: qualify.Weights) -> None:
+    case = dataclasses.replace(CASE, weights=weights)
+    made, again = operands(case), operands(case)
+    assert torch.equal(made.sums, again.sums) and made.sums.dtype == torch.float32
+    assert bool(made.sums.isfinite().all()) and float(made.sums.norm()) > 0
     assert bool((made.scales < 0).any()) and bool((made.scales == 0).any())
+    assert bool((made.channel_scales < 0).any()) and bool((made.token_scales > 0).all())
+    wanted = {"none": None, "float": torch.bfloat16, "int": torch.uint8}[weights.zeros]
+    assert (None if made.zeros is None else made.zeros.dtype) == wanted
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 7])
+def test_shortened(bits: int) -> None:
+    values = torch.exp2(torch.rand(1000, generator=torch.Generator().manual_seed(2)) * 20 - 15)
+    found = qualify._shortened(values, bits)
+    steps = found / torch.exp2(found.log2().floor() + 1 - max(bits, 1))
+    assert torch.equal(steps, steps.round())
+    assert bool(((found / values).log2().abs() <= (1 if bits < 2 else 2.0 ** (1 - bits))).all())
+
+
+def test_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst error of each type of output, the case nearest to its tolerance, and what was raised."""
+    cases = [
+        dataclasses.replace(CASE, m=m, out=out)
+        for m, out in enumerate(["fp16", "bf16", "fp32", "bf16", "fp16", "bf16"])
+    ]
+    errors = iter([3e-4, 2e-3, 1e-4, 1e-3, 1e-4, ValueError("no\nkernel")])
+
+    def outcome(*_: object) -> qualify.Outcome:
+        error = next(errors)
+        if isinstance(error, Exception):
+            raise error
+        return qualify.Outcome(error, True, error != 1e-4)
+
+    monkeypatch.setattr(qualify, "run_case", outcome)
+    data = qualify._Data(FP16, 5, 1)
+    monkeypatch.setattr(data, "operands", lambda case: None)
+    found = qualify._run_schedule(data, "s", cases)
+    assert dict(found.worst_errors) == {"bf16": 2e-3, "fp16": 3e-4, "fp32": 1e-4}
+    assert found.worst_case == str(cases[0])  # 3e-4 of 3.5e-4 is more than 2e-3 of 2.5e-3
+    assert found.cases == 6 and found.deterministic and not found.guards_intact
+    assert found.failures == (f"{cases[5]}: ValueError: no kernel",)
+    errors = iter([1e-4, None])
+    found = qualify._run_schedule(data, "s", cases[:2])
+    assert dict(found.worst_errors) == {"bf16": None, "fp16": 1e-4} and found.worst_case == str(cases[1])
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 from machete_aot import reference
 from machete_aot.errors import ArgumentError
 from machete_aot.prepack import prepack_b
-from machete_aot.scalar_type import SCALAR_TYPES, ScalarType, u4b8
+from machete_aot.scalar_type import SCALAR_TYPES, ScalarType, u4, u4b8, u8
 from quantised import gptq, random_codes
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -42,6 +45,9 @@ class Data:
     scales: torch.Tensor
     zeros: torch.Tensor
     bias: torch.Tensor
+    integer_zeros: torch.Tensor  # uint8
+    channel_scales: torch.Tensor
+    token_scales: torch.Tensor
 
 
 def make(m: int, n: int, k: int, group: int, type_: ScalarType, dtype: torch.dtype, seed: int = 0) -> Data:
@@ -55,6 +61,9 @@ def make(m: int, n: int, k: int, group: int, type_: ScalarType, dtype: torch.dty
         scales=(torch.rand(groups, n, generator=generator) / 40 + 0.001).to(dtype),
         zeros=torch.randn(groups, n, generator=generator).mul(0.1).to(dtype),
         bias=torch.randn(n, generator=generator).to(dtype),
+        integer_zeros=torch.randint(1 << type_.bits, (groups, n), generator=generator, dtype=torch.uint8),
+        channel_scales=torch.randn(n, generator=generator),
+        token_scales=torch.rand(m, generator=generator) + 0.1,
     )
 
 
@@ -88,6 +97,119 @@ def test_dequantize_is_exact(dtype: torch.dtype, type_: ScalarType, group: int, 
     np.testing.assert_array_equal(wide(result), weights(data, type_, group, with_zeros))
 
 
+@pytest.mark.parametrize("group", [-1, 32, 96, 128])
+@pytest.mark.parametrize("type_", [u4, u8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integer_zeros_are_subtracted_exactly(dtype: torch.dtype, type_: ScalarType, group: int) -> None:
+    data = make(3, 70, 200, group, type_, dtype)
+    index = np.arange(200) // (200 if group == -1 else group)
+    steps = data.codes.astype(int) - data.integer_zeros.numpy().astype(int)[index]
+    exact = rounded(steps * wide(data.scales)[index], dtype)
+    for zeros in (data.integer_zeros, data.integer_zeros.int()):
+        found = reference.dequantize(data.b, type_, data.scales, zeros, group, 200)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(wide(found), exact)
+        out = reference.gemm(data.a, data.b, type_, data.scales, zeros, group, out_dtype=torch.float32)
+        np.testing.assert_allclose(out.numpy(), wide(data.a) @ exact, rtol=2.0**-23, atol=1e-9)
+
+
+def test_a_biased_type_is_an_unbiased_one_with_its_bias_as_integer_zeros() -> None:
+    data = make(3, 64, 128, 64, u4b8, torch.bfloat16)
+    zeros = torch.full((2, 64), 8, dtype=torch.uint8)
+    b = prepack_b(gptq(data.codes, 4), u4)
+    expected = reference.gemm(data.a, data.b, u4b8, data.scales, b_group_size=64)
+    assert torch.equal(reference.gemm(data.a, b, u4, data.scales, zeros, 64), expected)
+
+
+@pytest.mark.parametrize("value", [-1, 256])
+def test_integer_zeros_are_codes(value: int) -> None:
+    data = make(1, 64, 64, 64, u8, torch.float16)
+    zeros = data.integer_zeros.int()
+    zeros[0, 5] = value
+    with pytest.raises(ArgumentError, match="integer b_zeros must be 0 to 255, found"):
+        reference.gemm(data.a, data.b, u8, data.scales, zeros, 64)
+    with pytest.raises(ArgumentError, match="integer b_zeros must be 0 to 255, found"):
+        reference.dequantize(data.b, u8, data.scales, zeros, 64, 64)
+
+
+EPILOGUES = [
+    dict(zip(("bias", "channel_scales", "token_scales", "activation"), chosen, strict=True))
+    for chosen in itertools.product([False, True], repeat=4)
+]
+OUT_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def epilogue_options(data: Data, chosen: dict[str, bool]) -> dict[str, Any]:
+    tensors = {name: getattr(data, name) for name in ("bias", "channel_scales", "token_scales") if chosen[name]}
+    return {**tensors, "activation": "swiglu" if chosen["activation"] else None}
+
+
+def epilogue_in_fp64(data: Data, values: np.ndarray, chosen: dict[str, bool]) -> np.ndarray:
+    """The same, without rounding."""
+    if chosen["channel_scales"]:
+        values = values * wide(data.channel_scales)
+    if chosen["token_scales"]:
+        values = values * wide(data.token_scales)[:, None]
+    if chosen["bias"]:
+        values = values + wide(data.bias)
+    if chosen["activation"]:
+        blocks = values.reshape(len(values), -1, 2, 8)
+        gate, up = (blocks[:, :, i].reshape(len(values), -1) for i in (0, 1))
+        values = gate / (1 + np.exp(-gate)) * up
+    return values
+
+
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
+@pytest.mark.parametrize("chosen", EPILOGUES, ids=lambda c: "+".join(n for n in c if c[n]) or "none")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_epilogues(dtype: torch.dtype, chosen: dict[str, bool], out_dtype: torch.dtype) -> None:
+    data = make(7, 144, 200, 64, u4, dtype)
+    exact = epilogue_in_fp64(data, wide(data.a) @ weights(data, u4, 64, True), chosen)
+    arguments = (data.a, data.b, u4, data.scales, data.zeros, 64)
+    options = epilogue_options(data, chosen)
+    out = reference.gemm(*arguments, out_dtype=out_dtype, **options)
+    assert out.dtype == out_dtype and out.shape == exact.shape
+    # What a few roundings to fp32 leave, then one to the output.
+    in_fp32 = 2.0**-20 * (np.abs(exact) + 1)
+    single = reference.gemm(*arguments, out_dtype=torch.float32, **options)
+    assert (np.abs(wide(single) - exact) <= in_fp32).all()
+    assert torch.equal(out, single.to(out_dtype))
+    invariant = reference.gemm(*arguments, out_dtype=out_dtype, batch_invariant=True, **options)
+    assert (np.abs(wide(invariant) - exact) <= in_fp32 + UNIT.get(out_dtype, 0) * np.abs(exact)).all()
+
+
+def test_the_epilogue_rounds_in_its_order() -> None:
+    """sum * channel * token + bias: each step to fp32, in this order."""
+    sums = torch.tensor([[1.0 + 2.0**-23, 3.0]])
+    channel, token, bias = (
+        torch.tensor([1.0 + 2.0**-12, 7.0]),
+        torch.tensor([1.0 + 2.0**-11]),
+        torch.tensor([2.0, -21.0]),
+    )
+    step = np.float32(sums.numpy() * channel.numpy())
+    step = np.float32(step * token.numpy())
+    wanted = np.float32(step + bias.numpy())
+    found = reference.epilogue(sums, channel_scales=channel, token_scales=token, bias=bias)
+    np.testing.assert_array_equal(found.numpy(), wanted)
+
+
+def test_swiglu_of_extreme_values() -> None:
+    values = [0.0, -0.0, 80.0, -80.0, 200.0, -200.0, 3e38, -3e38]
+    values += [math.inf, -math.inf, math.nan, 1e-38, -1e-38, 0.5, -1.0, 1.0]
+    gate = torch.tensor(values)
+    sums = torch.cat([torch.stack([part, torch.ones(8)]).view(16) for part in gate.split(8)])[None]
+    found = reference.epilogue(sums, activation="swiglu")[0]
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate), rtol=2.0**-22, atol=1e-38, equal_nan=True)
+
+
+def test_swiglu_does_not_depend_on_the_batch() -> None:
+    """Elementwise functions of torch may have other bits at the end of a vector than inside it."""
+    sums = torch.randn(37, 48, generator=torch.Generator().manual_seed(1)) * 4
+    whole = reference.epilogue(sums, activation="swiglu")
+    for m in (1, 2, 3, 5, 36):
+        assert torch.equal(reference.epilogue(sums[-m:], activation="swiglu"), whole[-m:])
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("with_zeros", [False, True])
 @pytest.mark.parametrize(("m", "n", "k", "group"), [(1, 64, 64, -1), (5, 130, 200, 64), (17, 65, 333, 128)])
@@ -119,8 +241,13 @@ def test_gemm(
 def test_chunks_of_n_do_not_change_the_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(3, 300, 128, 64, u4b8, dtype)
     whole = reference.gemm(data.a, data.b, u4b8, data.scales, data.zeros, 64, data.bias)
+    gated = make(3, 304, 128, 64, u4, dtype)
+    arguments = (gated.a, gated.b, u4, gated.scales, gated.integer_zeros, 64)
+    options = epilogue_options(gated, dict.fromkeys(EPILOGUES[0], True))
+    gated_whole = reference.gemm(*arguments, **options)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
     assert torch.equal(reference.gemm(data.a, data.b, u4b8, data.scales, data.zeros, 64, data.bias), whole)
+    assert torch.equal(reference.gemm(*arguments, **options), gated_whole)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -217,6 +344,10 @@ def test_arguments_are_checked() -> None:
 def test_cuda_agrees_with_the_cpu(dtype: torch.dtype) -> None:
     data = make(33, 200, 1000, 64, u4b8, dtype)
     expected = reference.gemm(data.a, data.b, u4b8, data.scales, data.zeros, 64, data.bias)
+    sums = torch.randn(33, 208) * 5
+    assert torch.equal(
+        reference.epilogue(sums.cuda(), activation="swiglu").cpu(), reference.epilogue(sums, activation="swiglu")
+    )
     moved = [t.cuda() for t in (data.a, data.b, data.scales, data.zeros, data.bias)]
     out = reference.gemm(moved[0], moved[1], u4b8, moved[2], moved[3], 64, moved[4])
     assert out.is_cuda

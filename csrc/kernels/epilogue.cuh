@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// From fp32 sums to the output: undo the conversion's power of two, add the bias, round once, store.
+// From fp32 sums to the output: undo the conversion's power of two, scale, add the bias, round once, store.
 #pragma once
 #include "gemm_params.h"
 #include "ptx.cuh"
+#include "types.cuh"
 
 namespace machete {
+
+constexpr int FLAGS_OUT = FLAG_OUT_FP32 | FLAG_OUT_BF16 | FLAG_OUT_FP16;  // none: the plain epilogue, in a's type
 
 // Bias of the thread's rows g and g + 8 of a slab: 16 rows of n by all tokens of the tile, one warp's share of a block.
 struct SlabBias {
@@ -21,10 +24,20 @@ struct SlabBias {
   }
 };
 
-// Stores a slab. Transposed in registers, so that 4 lanes write 16 contiguous bytes.
+// Two neighbouring 16-bit columns of the output, of `columns`.
+DEVICE void store_two(uint16_t* row, int column, int columns, uint32_t values, bool pairs) {
+  if (pairs) {  // column and columns are even
+    if (column < columns) *reinterpret_cast<uint32_t*>(row + column) = values;
+  } else {
+    if (column < columns) row[column] = uint16_t(values);
+    if (column + 1 < columns) row[column + 1] = uint16_t(values >> 16);
+  }
+}
+
+// Stores a slab in a's type. Transposed in registers, so that 4 lanes write 16 contiguous bytes.
 template <class Types, int Tokens>
-DEVICE void store_slab(const GemmParams& p, const float (&d)[Tokens / 2], SlabBias bias, int row, int token0,
-                       int lane) {
+DEVICE void store_plain(const GemmParams& p, const float (&d)[Tokens / 2], SlabBias bias, int row, int token0,
+                        int lane) {
   const bool pairs = p.flags & FLAG_STORE_PAIRS;
   const int column = row + lane % 4 * 2;
 #pragma unroll
@@ -35,16 +48,65 @@ DEVICE void store_slab(const GemmParams& p, const float (&d)[Tokens / 2], SlabBi
         Types::pack(fmaf(d[4 * i + 2], Types::UNDO, bias.g8), fmaf(d[4 * i + 3], Types::UNDO, bias.g8)));
     const int token = token0 + 8 * i + lane / 4;
     if (token >= p.m) continue;
-    uint16_t* out = p.out + size_t(token) * p.out_stride + column;
-    if (pairs) {  // n is a multiple of 8
-      if (row < p.n) *reinterpret_cast<uint32_t*>(out) = top;
-      if (row + 8 < p.n) *reinterpret_cast<uint32_t*>(out + 8) = bottom;
-    } else {
-      if (column < p.n) out[0] = uint16_t(top);
-      if (column + 1 < p.n) out[1] = uint16_t(top >> 16);
-      if (column + 8 < p.n) out[8] = uint16_t(bottom);
-      if (column + 9 < p.n) out[9] = uint16_t(bottom >> 16);
+    uint16_t* out = static_cast<uint16_t*>(p.out) + size_t(token) * p.out_stride;
+    store_two(out, column, p.n, top, pairs);
+    store_two(out, column + 8, p.n, bottom, pairs);
+  }
+}
+
+DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
+// Stores a slab with everything else that an epilogue can do: sum * channel scale * token scale + bias, then
+// silu(gate) * up where rows g and g + 8 are such a pair, in any type.
+template <class Types, int Tokens>
+DEVICE void store_general(const GemmParams& p, const float (&d)[Tokens / 2], SlabBias bias, int row, int token0,
+                          int lane) {
+  const bool swiglu = p.flags & FLAG_SWIGLU, fp32 = p.flags & FLAG_OUT_FP32, bf16 = p.flags & FLAG_OUT_BF16;
+  const bool pairs = p.flags & FLAG_STORE_PAIRS;
+  const int columns = swiglu ? p.n / 2 : p.n, column0 = swiglu ? row / 2 : row;
+  const int g = row + lane / 4;
+  const float scale_g = p.channel_scales && g < p.n ? p.channel_scales[g] * Types::UNDO : Types::UNDO;
+  const float scale_g8 = p.channel_scales && g + 8 < p.n ? p.channel_scales[g + 8] * Types::UNDO : Types::UNDO;
+#pragma unroll
+  for (int i = 0; i < Tokens / 8; i++) {
+    const int token = token0 + 8 * i + lane % 4 * 2;  // this one and the next are the thread's, until transposed
+    float scale = 1, next_scale = 1;
+    if (p.token_scales) {
+      if (token < p.m) scale = p.token_scales[token];
+      if (token + 1 < p.m) next_scale = p.token_scales[token + 1];
     }
+    float v[4] = {fmaf(d[4 * i] * scale_g, scale, bias.g), fmaf(d[4 * i + 1] * scale_g, next_scale, bias.g),
+                  fmaf(d[4 * i + 2] * scale_g8, scale, bias.g8), fmaf(d[4 * i + 3] * scale_g8, next_scale, bias.g8)};
+    if (swiglu) {
+      v[0] = silu(v[0]) * v[2];
+      v[1] = silu(v[1]) * v[3];
+    }
+    if (fp32) {
+      const int column = column0 + lane / 4;
+      float* out = static_cast<float*>(p.out) + size_t(token) * p.out_stride + column;
+#pragma unroll
+      for (int j = 0; j < 4; j++)  // token, the next, then both 8 columns further
+        if (token + j % 2 < p.m && column + j / 2 * 8 < columns && !(swiglu && j >= 2))
+          out[j % 2 * size_t(p.out_stride) + j / 2 * 8] = v[j];
+      continue;
+    }
+    const uint32_t top = transpose_8x8_b16(bf16 ? Bf16Types::pack(v[0], v[1]) : Fp16Types::pack(v[0], v[1]));
+    const uint32_t bottom = transpose_8x8_b16(bf16 ? Bf16Types::pack(v[2], v[3]) : Fp16Types::pack(v[2], v[3]));
+    const int out_token = token0 + 8 * i + lane / 4, column = column0 + lane % 4 * 2;
+    if (out_token >= p.m) continue;
+    uint16_t* out = static_cast<uint16_t*>(p.out) + size_t(out_token) * p.out_stride;
+    store_two(out, column, columns, top, pairs);
+    if (!swiglu) store_two(out, column + 8, columns, bottom, pairs);
+  }
+}
+
+template <class Types, int Tokens>
+DEVICE void store_slab(const GemmParams& p, const float (&d)[Tokens / 2], SlabBias bias, int row, int token0,
+                       int lane) {
+  if (p.flags & FLAGS_OUT) {
+    store_general<Types, Tokens>(p, d, bias, row, token0, lane);
+  } else {
+    store_plain<Types, Tokens>(p, d, bias, row, token0, lane);
   }
 }
 

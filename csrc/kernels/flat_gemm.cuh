@@ -8,68 +8,86 @@
 // memory; that one adds the partials in the order of K and stores. Shares do not depend on timing, so the result is
 // deterministic.
 //   warpgroups 0 .. ROW_WG-1  consumers, most registers: load words, convert, wgmma, store
-//   warpgroup  ROW_WG         producers, few registers: warp 0 weights and scales, warp 1 activations, one lane each
+//   warpgroup  ROW_WG         producers, few registers, one lane of each warp: warp 0 weights and scales, warp 1
+//                             activations, warp 2 announces a partial tile
 // The producers run ahead over the tile boundary, so that the ring stays full while the consumers store a tile.
+//
+// With a cluster (T::CLUSTER > 1) all above is said of it: it takes a tile of CLUSTER * ROWS rows, of which each CTA
+// has ROWS, and all its CTAs go through the same steps, so that each needs to read only its part of the activations
+// from L2. A CTA gives its rows of a partial tile to the CTA of its own rank.
 #pragma once
 #include "epilogue.cuh"
 #include "ring.cuh"
 
 namespace machete {
 
-template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm>
-struct FlatTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm> {
+template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm,
+          int UnitBytes, int AuxRows, int Cluster = 1>
+struct FlatTile
+    : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm, UnitBytes, AuxRows, Cluster> {
   static_assert(KWarpgroups == 1, "all of K in one warpgroup");
-  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm>;
+  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm, UnitBytes, AuxRows, Cluster>;
   static constexpr bool ONE_RANGE = false;  // of K, for a CTA
   static constexpr int THREADS = 32 * Base::WARPS + 128;
   static constexpr uint32_t shared_memory(int) { return Base::RING_END; }
 
   // setmaxnreg moves registers within what the CTA was launched with, LAUNCH for each thread. The producers' loops need
-  // 56, or 48 and some patience; the rest goes to the consumers, but for what eights do not divide.
+  // 56, or without zero points 48 where the consumers have few. The rest goes to these, but for what eights do not
+  // divide.
   static constexpr int LAUNCH = 65536 / CtasPerSm / THREADS / 8 * 8;
   static constexpr int POOL = (RowWarpgroups + 1) * LAUNCH;
-  static constexpr int CONSUMER_REGISTERS = (POOL - (LAUNCH < 96 ? 48 : 56)) / RowWarpgroups / 8 * 8;
+  static constexpr int PRODUCER_LEAST = LAUNCH < 96 && AuxRows == 1 ? 48 : 56;
+  static constexpr int CONSUMER_REGISTERS = (POOL - PRODUCER_LEAST) / RowWarpgroups / 8 * 8;
   static constexpr int PRODUCER_REGISTERS = POOL - RowWarpgroups * CONSUMER_REGISTERS;
   static_assert(LAUNCH < 248 && CONSUMER_REGISTERS <= 240, "an SM has more registers than these threads can have");
 };
 
-// The order of the tiles: bands of about 1,024 tokens, in a band all tokens of one row block, then the next row block.
-// CTAs that run together then share activations and weights in L2.
+// The CTA's number in its cluster.
+template <class T>
+DEVICE int cta_rank() {
+  return blockIdx.x % T::CLUSTER;
+}
+
+// The CTA's first row and token of a tile. The order of the tiles: bands of about 1,024 tokens, in a band all tokens of
+// one row block, then the next row block. CTAs that run together then share activations and weights in L2.
 template <class T>
 DEVICE void place_tile(const GemmParams& p, int tile, int& row0, int& token0) {
   constexpr int BAND = T::TOKENS >= 1024 ? 1 : 1024 / T::TOKENS;
   if (p.token_tiles == 1) {  // without the divisions, which would delay the first copies
-    row0 = tile * T::ROWS;
+    row0 = (tile * T::CLUSTER + cta_rank<T>()) * T::ROWS;
     token0 = 0;
     return;
   }
   const int band = tile / (BAND * p.row_tiles), in_band = tile % (BAND * p.row_tiles);
   const int height = min(BAND, p.token_tiles - band * BAND);
-  row0 = in_band / height * T::ROWS;
+  row0 = (in_band / height * T::CLUSTER + cta_rank<T>()) * T::ROWS;
   token0 = (band * BAND + in_band % height) * T::TOKENS;
 }
 
-// A CTA's work, piece by piece: steps [from, to) of a tile. First whole tiles, every gridDim-th, then its share of the
-// even ones. Shares are numbered against blockIdx: share i waits for share i + 1, which is thus a CTA that started
-// earlier, so no CTA waits for one that may have no room to start.
+// A cluster's work, piece by piece: steps [from, to) of a tile. First whole tiles, every clusters()-th, then its share
+// of the even ones. Shares are numbered against blockIdx: share i waits for share i + 1, which is thus a cluster that
+// started earlier, so no CTA waits for one that may have no room to start.
+template <class T>
 struct Work {
   const GemmParams& p;
   int tile, from, to = 0;
   int left;  // steps of the share after this piece
 
-  DEVICE Work(const GemmParams& p) : p(p), tile(int(blockIdx.x) - int(gridDim.x)), left(share_steps(p, share())) {}
-  static DEVICE int share() { return gridDim.x - 1 - blockIdx.x; }
+  DEVICE Work(const GemmParams& p) : p(p), tile(cluster() - clusters()), left(share_steps(p, share())) {}
+  static DEVICE int cluster() { return blockIdx.x / T::CLUSTER; }
+  static DEVICE int clusters() { return gridDim.x / T::CLUSTER; }
+  static DEVICE int share() { return clusters() - 1 - cluster(); }
   static DEVICE int share_begin(const GemmParams& p, int i) { return p.share_steps * i + min(i, p.longer_shares); }
   static DEVICE int share_steps(const GemmParams& p, int i) { return p.share_steps + (i < p.longer_shares); }
-  // Whether this CTA's share begins inside a tile.
+  // Whether this cluster's share begins inside a tile.
   static DEVICE bool gives(const GemmParams& p) {
     return share_steps(p, share()) > 0 && share_begin(p, share()) % p.steps > 0;
   }
 
   DEVICE bool next() {
     const int whole_tiles = p.token_tiles * p.row_tiles - p.even_tiles;
-    if (tile + int(gridDim.x) < whole_tiles) {
-      tile += gridDim.x;
+    if (tile + clusters() < whole_tiles) {
+      tile += clusters();
       from = 0;
       to = p.steps;
       return true;
@@ -89,11 +107,11 @@ struct Work {
   }
 };
 
-// Partial tiles in global memory, one place a share. The giver's consumers store theirs and go on; a producer warp says
-// so with a flag when all have. The taker's weight producer waits for the flag and copies the partial tile into the
-// ring behind the last step, in chunks of a stage's activations. The flag's value, p.token, is new in every launch, so
-// the memory need not be cleared, and the taker overwrites it, so that a launch repeated in a graph does not find the
-// last one's.
+// Partial tiles in global memory, one place a share and CTA of its cluster. The giver's consumers store theirs and go
+// on; a producer warp says so with a flag when all have. The taker's weight producer waits for the flag and copies the
+// partial tile into the ring behind the last step, in chunks of a stage's activations. The flag's value, p.token, is
+// new in every launch, so the memory need not be cleared, and the taker overwrites it, so that a launch repeated in a
+// graph does not find the last one's.
 template <class T>
 struct Partials {
   static constexpr int VECTORS = T::BLOCKS * T::TOKENS / 8;  // of 16 bytes, of a thread
@@ -105,15 +123,15 @@ struct Partials {
   static constexpr int CHUNK_VECTORS = VECTORS / CHUNKS;
 
   static DEVICE uint64_t* flag(const GemmParams& p, int share) {
-    return reinterpret_cast<uint64_t*>(p.workspace) + share;
+    return reinterpret_cast<uint64_t*>(p.workspace) + share * T::CLUSTER + cta_rank<T>();
   }
   static DEVICE uint8_t* place(const GemmParams& p, int share) {
-    return p.workspace + (gridDim.x * 8 + 1023) / 1024 * 1024 + size_t(share) * BYTES;
+    return p.workspace + (gridDim.x * 8 + 1023) / 1024 * 1024 + size_t(share * T::CLUSTER + cta_rank<T>()) * BYTES;
   }
   // Consumers of the giver.
   static DEVICE void store(const GemmParams& p, const float (&acc)[T::BLOCKS][T::TOKENS / 2], uint32_t given, int warp,
                            int lane) {
-    uint8_t* dst = place(p, Work::share()) + warp * 512 + lane * 16;
+    uint8_t* dst = place(p, Work<T>::share()) + warp * 512 + lane * 16;
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {
       const float* x = acc[v / (T::TOKENS / 8)] + v % (T::TOKENS / 8) * 4;
@@ -125,7 +143,7 @@ struct Partials {
   // One lane of the giver's producers.
   static DEVICE void announce(const GemmParams& p, uint32_t given) {
     mbar_wait(given, 0);
-    store_release(flag(p, Work::share()), p.token);
+    store_release(flag(p, Work<T>::share()), p.token);
   }
   // The taker's weight producer: share `share` into the ring, from slot 0 on.
   static DEVICE void load(const GemmParams& p, int share, const Ring<T>& ring, Position<T::STAGES>& at) {
@@ -181,13 +199,17 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
     mbar_init_fence();
   }
   __syncthreads();
+  if (T::CLUSTER > 1) {  // until all barriers are ready, nothing may be sent to another CTA; weights are our own
+    cluster_arrive();
+    if (warp != T::WARPS) cluster_wait();
+  }
 
   if (warp >= T::WARPS) {
     set_registers_down<T::PRODUCER_REGISTERS>();
     Position<T::STAGES> at;
     if (warp == T::WARPS && elect_one()) {
       int row0, token0;
-      Work work(p);
+      Work<T> work(p);
       const uint64_t policy = p.token_tiles == 1 ? policy_evict_first() : policy_evict_normal();
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
@@ -198,13 +220,15 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
           at.advance();
         }
       }
-      for (int share = Work::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
+      for (int share = Work<T>::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
         Partials<T>::load(p, ++share, ring, at);
-        done += Work::share_steps(p, share);
+        done += Work<T>::share_steps(p, share);
       }
+      if (T::CLUSTER > 1)  // we stay until all consumers have released our last slots, so nothing comes after us
+        for (at.rewind(); at.slot < T::STAGES; at.slot++) mbar_wait(ring.empty(at.slot), at.free_parity());
     } else if (warp == T::WARPS + 1 && elect_one()) {
       int row0, token0;
-      Work work(p);
+      Work<T> work(p);
       prefetch_tensor_map(&acts);
       wait_for_predecessors();  // activations, output and workspace belong to earlier kernels until here; all accesses
                                 // to them depend on these loads
@@ -212,18 +236,18 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
         place_tile<T>(p, work.tile, row0, token0);
         for (int step = work.from; step < work.to; step++) {
           mbar_wait(ring.empty(at.slot), at.free_parity());
-          load_acts(ring, at.slot, acts, p.flags, token0, step * T::STEP_UNITS);
+          load_acts(ring, at.slot, acts, p.flags, token0, step * T::STEP_UNITS, cta_rank<T>());
           at.advance();
         }
       }
-    } else if (warp == T::WARPS + 2 && elect_one() && Work::gives(p)) {
+    } else if (warp == T::WARPS + 2 && elect_one() && Work<T>::gives(p)) {
       Partials<T>::announce(p, ring.extra_barrier());
     }
   } else {
     set_registers_up<T::CONSUMER_REGISTERS>();
     const int strip0 = warp / 4 * T::BLOCKS;  // the warpgroup's first 64-row strip in the tile
-    Consumer<Types, T> consumer(ring, strip0, 0, warp, lane, scale_per_unit<T>(p, k_units));
-    Work work(p);
+    Consumer<Types, T> consumer(p, ring, strip0, 0, warp, lane);
+    Work<T> work(p);
     float acc[T::BLOCKS][T::TOKENS / 2];
     while (work.next()) {
       consumer.multiply(acc, work.to - work.from);
@@ -231,15 +255,16 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
         Partials<T>::store(p, acc, ring.extra_barrier(), warp, lane);
         continue;
       }
-      for (int share = Work::share(), done = work.to; done < p.steps;) {
+      for (int share = Work<T>::share(), done = work.to; done < p.steps;) {
         Partials<T>::add(consumer, acc, warp, lane);
-        done += Work::share_steps(p, ++share);
+        done += Work<T>::share_steps(p, ++share);
       }
       int row0, token0;
       place_tile<T>(p, work.tile, row0, token0);
+      const int w = uniform(threadIdx.x / 32);  // the warp, anew: what follows from it takes no registers in the loop
 #pragma unroll
       for (int b = 0; b < T::BLOCKS; b++) {
-        const int row = row0 + (strip0 + b) * 64 + warp % 4 * 16;
+        const int row = row0 + (w / 4 * T::BLOCKS + b) * 64 + w % 4 * 16;
         if (row >= p.n) continue;
         store_slab<Types, T::TOKENS>(p, acc[b], SlabBias::load<Types>(p, row, lane), row, token0, lane);
       }

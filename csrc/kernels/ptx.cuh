@@ -25,6 +25,11 @@ DEVICE void mbar_expect(uint32_t bar, uint32_t bytes) {
 DEVICE void mbar_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// On a barrier of any CTA of the cluster, at a peer_address. It says that this thread has read something, and publishes
+// nothing that it has written: a release at cluster scope costs a MEMBAR at GPU scope.
+DEVICE void mbar_arrive_at(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
 DEVICE uint32_t mbar_test(uint32_t bar, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -99,6 +104,22 @@ DEVICE void tensor_copy_3d(uint32_t dst, const void* map, int x, int y, int z, u
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
       "[%5];" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar)
+      : "memory");
+}
+// The same into every CTA of the cluster whose bit is set in `ranks`: to the same offset in its shared memory, and
+// completed on the barrier at the same offset there.
+DEVICE void tensor_multicast_2d(uint32_t dst, const void* map, int x, int y, uint32_t bar, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3}], [%4], %5;" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(bar), "h"(ranks)
+      : "memory");
+}
+DEVICE void tensor_multicast_3d(uint32_t dst, const void* map, int x, int y, int z, uint32_t bar, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3, %4}], [%5], %6;" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar), "h"(ranks)
       : "memory");
 }
 DEVICE void prefetch_tensor_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }

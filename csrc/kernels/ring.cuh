@@ -4,6 +4,10 @@
 //
 // A ring stage holds one step of K: activations (128-byte swizzled tiles of TOKENS rows x 64 k), prepacked weights and
 // scales. One full barrier a stage counts both producers; one empty barrier counts the consumer warps.
+//
+// The CTAs of a tile's cluster (CLUSTER; not those that family "stream" divides K among) have different rows and the
+// same tokens. Each copies its part of a step's activations, into all of them. So their rings are filled in step: a
+// slot is free when the consumers of all CTAs have released it.
 #pragma once
 #include <cuda.h>
 
@@ -15,16 +19,22 @@
 namespace machete {
 
 constexpr int UNIT_K = 64, UNIT_ROWS = 64;
-constexpr int UNIT_BYTES = 2048;  // a prepacked unit of 4-bit weights: 16 bytes for each thread of a warpgroup
+constexpr int PART_BYTES = 2048;  // 16 bytes for each thread of a warpgroup: a prepacked unit of 4-bit weights, half of
+                                  // one of 8-bit weights
 
-template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm>
+template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm,
+          int UnitBytes, int AuxRows, int Cluster = 1>
 struct Tile {
   static constexpr int ROW_WG = RowWarpgroups, K_WG = KWarpgroups;  // consumer warpgroups along N and along K
   static constexpr int BLOCKS = Blocks;                             // 64-row blocks of a warpgroup
   static constexpr int UNITS = Units;                               // 64-k units of a warpgroup and step
   static constexpr int TOKENS = Tokens;                             // n of the wgmma instruction
   static constexpr int STAGES = Stages;
-  static constexpr int CTAS_PER_SM = CtasPerSm;  // resident ones, which bounds the registers
+  static constexpr int CTAS_PER_SM = CtasPerSm;        // resident ones, which bounds the registers
+  static constexpr int CLUSTER = Cluster;              // CTAs that share activations
+  static constexpr int UNIT_BYTES = UnitBytes;         // of a prepacked unit
+  static constexpr int HALVES = AuxRows == 1 ? 1 : 2;  // rows of scales of a unit: general types have one for each 32 k
+  static_assert(AuxRows == 1 || AuxRows == 4, "a row of scales, or two and two of zero points");
 
   static constexpr int STEP_UNITS = K_WG * UNITS;
   static constexpr int STRIPS = ROW_WG * BLOCKS, ROWS = UNIT_ROWS * STRIPS;
@@ -33,14 +43,15 @@ struct Tile {
   static constexpr int ACTS_BYTES = STEP_UNITS * ACTS_TILE;    // of a stage, as all below
   static constexpr int STRIP_BYTES = STEP_UNITS * UNIT_BYTES;  // weights of one strip
   static constexpr int WEIGHTS_BYTES = STRIPS * STRIP_BYTES;   // of all strips
-  static constexpr int SCALE_ROW = ROWS * 2;                   // a slot for each unit
-  static constexpr int SCALES_BYTES = STEP_UNITS * SCALE_ROW;
+  static constexpr int SCALE_ROW = ROWS * 2;
+  static constexpr int SCALES_BYTES = STEP_UNITS * HALVES * SCALE_ROW;
+  static constexpr int AUX_BYTES = STEP_UNITS * AuxRows * SCALE_ROW;  // scales, and zero points likewise
   static constexpr bool PAIRS = UNITS % 2 == 0;  // a step starts at an even unit for every warpgroup
 
   // shared memory, in order; activations first, because their tiles need 1024-byte alignment
   static constexpr uint32_t WEIGHTS_AT = STAGES * ACTS_BYTES;
   static constexpr uint32_t SCALES_AT = WEIGHTS_AT + STAGES * WEIGHTS_BYTES;
-  static constexpr uint32_t BARRIERS_AT = SCALES_AT + STAGES * SCALES_BYTES;
+  static constexpr uint32_t BARRIERS_AT = SCALES_AT + STAGES * AUX_BYTES;
   static constexpr uint32_t RING_END = (BARRIERS_AT + (2 * STAGES + 1) * 8 + 127) / 128 * 128;
 };
 
@@ -64,7 +75,8 @@ struct Ring {
   uint32_t base;
   DEVICE uint32_t acts(int slot) const { return base + slot * T::ACTS_BYTES; }
   DEVICE uint32_t weights(int slot) const { return base + T::WEIGHTS_AT + slot * T::WEIGHTS_BYTES; }
-  DEVICE uint32_t scales(int slot) const { return base + T::SCALES_AT + slot * T::SCALES_BYTES; }
+  DEVICE uint32_t scales(int slot) const { return base + T::SCALES_AT + slot * T::AUX_BYTES; }
+  DEVICE uint32_t zeros(int slot) const { return scales(slot) + T::SCALES_BYTES; }
   DEVICE uint32_t full(int slot) const { return base + T::BARRIERS_AT + 8 * slot; }
   DEVICE uint32_t empty(int slot) const { return base + T::BARRIERS_AT + 8 * (T::STAGES + slot); }
   DEVICE uint32_t extra_barrier() const { return base + T::BARRIERS_AT + 16 * T::STAGES; }
@@ -72,13 +84,19 @@ struct Ring {
   DEVICE void init_barriers() const {
     for (int s = 0; s < T::STAGES; s++) {
       mbar_init(full(s), 2);  // one arrival by each producer, and their bytes
-      mbar_init(empty(s), T::WARPS * ARRIVALS);
+      mbar_init(empty(s), T::CLUSTER * T::WARPS * ARRIVALS);
     }
   }
   // By a consumer warp that has read a stage for the last time.
   DEVICE void release(int slot, int lane) const {
     __syncwarp();  // orders the other lanes' reads before the arrival
-    if (ARRIVALS == 32 || lane == 0) mbar_arrive(empty(slot));
+    if (T::CLUSTER == 1) {
+      if (ARRIVALS == 32 || lane == 0) mbar_arrive(empty(slot));
+    } else if (ARRIVALS == 1) {  // lane r tells rank r, whose copies come here too
+      if (lane < T::CLUSTER) mbar_arrive_at(peer_address(empty(0), lane) + 8 * slot);
+    } else {
+      for (int rank = 0; rank < T::CLUSTER; rank++) mbar_arrive_at(peer_address(empty(slot), rank));
+    }
   }
 };
 
@@ -98,72 +116,154 @@ struct Position {
   DEVICE void rewind() { slot = 0; }
 };
 
-// Whether every unit, and not just every other, may start a new group: an odd number of units share a scale.
-template <class T>
-DEVICE bool scale_per_unit(const GemmParams& p, int k_units) {
-  return !T::PAIRS || ((p.group_units & 1) && p.group_units < k_units);
-}
+// Where scales may change in K.
+struct Changes {
+  bool per_unit;  // at every unit, and not just every other
+  bool fine;      // within units too
 
-// One lane's copies of weights and scales, both constants: it never waits for earlier kernels. Weights of a strip are
-// one contiguous run. Units past the end of K get no weights (what lies in shared memory is some code, times
-// activations that arrive as zeros) but do get the last group's scales, so that no stale scale can make a NaN. To be
-// used by an elected lane from beginning to end: state that crosses a join of lanes is no longer uniform for the
-// compiler, which then wraps every copy in a loop over lanes.
+  template <class T>
+  static DEVICE Changes of(const GemmParams& p) {
+    const bool groups = p.group_blocks < (p.k + 31) / 32;  // more than one
+    return {!T::PAIRS || (groups && p.group_blocks % 4), T::HALVES == 2 && groups && p.group_blocks % 2};
+  }
+};
+
+// One lane's copies of weights, scales and zero points, all constants: it never waits for earlier kernels. Weights of a
+// strip are one contiguous run. A cluster's last CTA may have no rows at all. Units past the end of K get no weights
+// (what lies in shared memory is some code, times activations that arrive as zeros) but do get the last group's scales,
+// so that no stale scale can make a NaN. To be used by an elected lane from beginning to end: state that crosses a join
+// of lanes is no longer uniform for the compiler, which then wraps every copy in a loop over lanes.
 template <class T>
 struct WeightProducer {
-  const uint8_t* words;
-  const uint16_t* scales;  // of the group that `unit` lies in
-  size_t strip_stride;
-  uint32_t scale_bytes;
-  int strips, unit, units, boundary, scale_stride, group_units;
-  bool per_unit;
+  const uint8_t *words, *scales, *zeros;           // scales and zero points of the group that `at` lies in
+  size_t strip_stride, scale_stride, zero_stride;  // in bytes
+  uint32_t scale_bytes, zero_bytes;                // of a row; 0 without zero points
+  int strips, unit, units;
+  int at, end, boundary, group;  // position in K, its end, the group's end and length, in rows of scales: units, or
+                                 // halves of them
+  Changes changes;
 
   // `unit0` is where the K range starts.
-  DEVICE WeightProducer(const GemmParams& p, int row0, int unit0, int k_units) {
+  DEVICE WeightProducer(const GemmParams& p, int row0, int unit0, int k_units) : changes(Changes::of<T>(p)) {
     unit = unit0;
     units = k_units;
-    strip_stride = size_t(k_units) * UNIT_BYTES;
-    words = p.weights + size_t(row0 / UNIT_ROWS) * strip_stride + size_t(unit0) * UNIT_BYTES;
+    strip_stride = size_t(k_units) * T::UNIT_BYTES;
+    words = p.weights + size_t(row0 / UNIT_ROWS) * strip_stride + size_t(unit0) * T::UNIT_BYTES;
     const int rows = min(T::ROWS, p.n - row0);
     strips = (rows + UNIT_ROWS - 1) / UNIT_ROWS;
     scale_bytes = (rows + 7) / 8 * 16;
-    scale_stride = p.scale_stride;
-    group_units = p.group_units;
-    per_unit = scale_per_unit<T>(p, k_units);
-    // unit0 / group_units without an integer division, which would delay the first copy: exact below 2^21 units, since
-    // (unit0 + 0.5) / group_units is at least 0.5 / group_units away from an integer
-    const int group = unit0 == 0 ? 0 : int((float(unit0) + 0.5f) * __frcp_rn(float(group_units)));
-    scales = p.scales + size_t(group) * scale_stride + row0;
-    boundary = (group + 1) * group_units;
+    at = unit0 * T::HALVES;
+    end = T::HALVES == 2 ? (p.k + 31) / 32 : k_units;
+    group = T::HALVES == 2 ? p.group_blocks : (p.group_blocks + 1) / 2;
+    // at / group without an integer division, which would delay the first copy: exact below 2^21, since
+    // (at + 0.5) / group is at least 0.5 / group away from an integer
+    const int index = at == 0 ? 0 : int((float(at) + 0.5f) * __frcp_rn(float(group)));
+    boundary = (index + 1) * group;
+    scale_stride = size_t(p.scale_stride) * 2;
+    scales = reinterpret_cast<const uint8_t*>(p.scales + row0) + index * scale_stride;
+    if (T::HALVES == 2) {
+      const int log_size = p.flags & FLAG_INTEGER_ZEROS ? 0 : 1;
+      zero_stride = p.zeros ? size_t(p.zero_stride) << log_size : 0;
+      zeros = static_cast<const uint8_t*>(p.zeros) + (size_t(row0) << log_size) + index * zero_stride;
+      zero_bytes = p.zeros == nullptr ? 0 : log_size ? scale_bytes : (rows + 15) / 16 * 16;
+    }
   }
   DEVICE void load(const Ring<T>& ring, int slot, uint64_t policy) {
-    const uint32_t bytes = min(T::STEP_UNITS, units - unit) * UNIT_BYTES, bar = ring.full(slot);
-    mbar_expect(bar, strips * bytes + (per_unit ? T::STEP_UNITS : (T::STEP_UNITS + 1) / 2) * scale_bytes);
+    const uint32_t bytes = min(T::STEP_UNITS, units - unit) * T::UNIT_BYTES, bar = ring.full(slot);
+    if (T::CLUSTER > 1 && strips <= 0) {  // all rows are past n
+      mbar_arrive(bar);
+      return;
+    }
+    const int rows = changes.fine ? 2 * T::STEP_UNITS : changes.per_unit ? T::STEP_UNITS : (T::STEP_UNITS + 1) / 2;
+    mbar_expect(bar, strips * bytes + rows * (T::HALVES == 2 ? scale_bytes + zero_bytes : scale_bytes));
 #pragma unroll
     for (int j = 0; j < T::STRIPS; j++)
       if (j < strips) bulk_copy(ring.weights(slot) + j * T::STRIP_BYTES, words + j * strip_stride, bytes, bar, policy);
-    words += T::STEP_UNITS * UNIT_BYTES;
+    words += T::STEP_UNITS * T::UNIT_BYTES;
+    unit += T::STEP_UNITS;
 #pragma unroll
-    for (int u = 0; u < T::STEP_UNITS; u++) {
-      if (u % 2 == 0 || per_unit) bulk_copy(ring.scales(slot) + u * T::SCALE_ROW, scales, scale_bytes, bar, policy);
-      if (++unit >= boundary && boundary < units) {
+    for (int r = 0; r < T::STEP_UNITS * T::HALVES; r++) {
+      const int u = r / T::HALVES;
+      if (r % T::HALVES ? changes.fine : u % 2 == 0 || changes.per_unit) {
+        bulk_copy(ring.scales(slot) + r * T::SCALE_ROW, scales, scale_bytes, bar, policy);
+        if (T::HALVES == 2 && zero_bytes)
+          bulk_copy(ring.zeros(slot) + r * T::SCALE_ROW, zeros, zero_bytes, bar, policy);
+      }
+      if (++at >= boundary && boundary < end) {
         scales += scale_stride;
-        boundary += group_units;
+        if (T::HALVES == 2) zeros += zero_stride;
+        boundary += group;
       }
     }
   }
 };
 
-// One lane's copy of a step of activations. Rows past m and k past the end arrive as zeros and count as bytes.
+// What a consumer thread loads of a row of scales, and of zero points, for its rows g and g + 8.
+template <class Types, bool General = Types::GENERAL>
+struct RawRows {
+  uint32_t g, g8;
+};
+template <class Types>
+struct RawRows<Types, true> {
+  uint32_t g, g8, zero_g, zero_g8;
+};
+
+// Where a consumer thread's zero points lie in the ring. In a launch without any the scales stand in for them.
+template <class Types, bool General = Types::GENERAL>
+struct ZeroRows {
+  DEVICE ZeroRows(const GemmParams&, uint32_t, uint32_t, int) {}
+  DEVICE void load(RawRows<Types>&, uint32_t, int) const {}
+  DEVICE void set(typename Types::RowScale (&s)[2], const RawRows<Types>& raw) const {
+    s[0].set(raw.g);
+    s[1].set(raw.g8);
+  }
+};
+template <class Types>
+struct ZeroRows<Types, true> {
+  const typename Types::Aux aux;
+  uint32_t mine, bytes = 2, shift = 0;  // address of the first, bytes of one; one of a byte is read with its neighbour
+
+  DEVICE ZeroRows(const GemmParams& p, uint32_t my_scales, uint32_t zeros, int row) : aux(p) {
+    const bool integers = Types::ZERO_BYTES ? Types::ZERO_BYTES == 1 : p.zeros && (p.flags & FLAG_INTEGER_ZEROS);
+    if (integers) {
+      bytes = 1;
+      shift = row % 2 * 8;
+    }
+    mine = !p.zeros ? my_scales : integers ? zeros + (row & ~1) : zeros + row * 2;
+  }
+  DEVICE void load(RawRows<Types>& to, uint32_t at, int block) const {
+    const uint32_t first = mine + at + block * 64 * bytes;
+    to.zero_g = load_shared_16(first) >> shift;
+    to.zero_g8 = load_shared_16(first + 8 * bytes) >> shift;
+  }
+  DEVICE void set(typename Types::RowScale (&s)[2], const RawRows<Types>& raw) const {
+    s[0].set(raw.g, raw.zero_g, aux);
+    s[1].set(raw.g8, raw.zero_g8, aux);
+  }
+};
+
+// One lane's copy of a step of activations. Rows past m and k past the end arrive as zeros and count as bytes. In a
+// cluster, of the units that fall to this CTA's rank; the others' may arrive before their bytes are announced here, but
+// not before the slot is free: the CTA that sends them has waited for these consumers too.
 template <class T>
-DEVICE void load_acts(const Ring<T>& ring, int slot, const CUtensorMap& map, int flags, int token0, int unit) {
+DEVICE void load_acts(const Ring<T>& ring, int slot, const CUtensorMap& map, int flags, int token0, int unit,
+                      int rank = 0) {
+  static_assert(T::STEP_UNITS % T::CLUSTER == 0, "every CTA copies as many units");
+  constexpr int UNITS = T::STEP_UNITS / T::CLUSTER;
+  constexpr uint16_t ALL = (1 << T::CLUSTER) - 1;
   const uint32_t bar = ring.full(slot);
   mbar_expect(bar, T::ACTS_BYTES);
   if (flags & FLAG_ACTS_2D) {
-    for (int u = 0; u < T::STEP_UNITS; u++)
-      tensor_copy_2d(ring.acts(slot) + u * T::ACTS_TILE, &map, (unit + u) * UNIT_K, token0, bar);
-  } else {
+    for (int u = rank * UNITS; u < (rank + 1) * UNITS; u++) {
+      const uint32_t to = ring.acts(slot) + u * T::ACTS_TILE;
+      if (T::CLUSTER == 1) tensor_copy_2d(to, &map, (unit + u) * UNIT_K, token0, bar);
+      else tensor_multicast_2d(to, &map, (unit + u) * UNIT_K, token0, bar, ALL);
+    }
+  } else if (T::CLUSTER == 1) {
     tensor_copy_3d(ring.acts(slot), &map, 0, token0, unit, bar);
+  } else {
+    const int u = rank * UNITS;
+    tensor_multicast_3d(ring.acts(slot) + u * T::ACTS_TILE, &map, 0, token0, unit + u, bar, ALL);
   }
 }
 
@@ -173,24 +273,30 @@ template <class Types, class T>
 struct Consumer {
   static constexpr int UNITS = T::UNITS * T::BLOCKS;  // of a step: (k64 0, block 0), (k64 0, block 1), .., (k64 1, ..
   static_assert(UNITS % 2 == 0, "the two sets of fragments alternate");
+  static_assert((T::HALVES == 2) == Types::GENERAL);
+  static constexpr int PARTS = T::UNIT_BYTES / PART_BYTES;
+  static constexpr int AUX_PART = T::UNITS * T::HALVES * T::SCALE_ROW;  // rows of scales of a part of a stage's K
 
   const Ring<T> ring;
   const int lane;
-  const bool per_unit;  // whether scales may change at odd units of K too
-  uint32_t my_words, my_scales, acts_offset;
+  const Changes changes;
+  const uint32_t my_words, my_scales, acts_offset;
+  const ZeroRows<Types> zeros;
   uint32_t fillings = 0;  // bit s: whether slot s has been filled an odd number of times: the parity to wait for next
-  PairScale<Types> scale[T::BLOCKS];
-  uint4 words;             // of the next unit
-  uint32_t new_g, new_g8;  // its scales, where they may be new
+  typename Types::RowScale scale[T::BLOCKS][2];  // of the thread's rows g and g + 8
+  uint4 words[PARTS];                            // of the next unit
+  RawRows<Types> raw;                            // its scales, where they may be new
   uint32_t frag[2][4][4];
 
   // Of the tile's 64-row strips from `strip0` on, and of the part `k_wg` of a stage's K.
-  DEVICE Consumer(const Ring<T>& ring, int strip0, int k_wg, int warp, int lane, bool per_unit)
-      : ring(ring), lane(lane), per_unit(per_unit) {
-    my_words = ring.weights(0) + strip0 * T::STRIP_BYTES + k_wg * T::UNITS * UNIT_BYTES + threadIdx.x % 128 * 16;
-    my_scales = ring.scales(0) + k_wg * T::UNITS * T::SCALE_ROW + (strip0 * 64 + warp % 4 * 16 + lane / 4) * 2;
-    acts_offset = k_wg * T::UNITS * T::ACTS_TILE;
-  }
+  DEVICE Consumer(const GemmParams& p, const Ring<T>& ring, int strip0, int k_wg, int warp, int lane)
+      : ring(ring),
+        lane(lane),
+        changes(Changes::of<T>(p)),
+        my_words(ring.weights(0) + strip0 * T::STRIP_BYTES + k_wg * T::UNITS * T::UNIT_BYTES + threadIdx.x % 128 * 16),
+        my_scales(ring.scales(0) + k_wg * AUX_PART + first_row(strip0, warp, lane) * 2),
+        acts_offset(k_wg * T::UNITS * T::ACTS_TILE),
+        zeros(p, my_scales, ring.zeros(0) + k_wg * AUX_PART, first_row(strip0, warp, lane)) {}
 
   // acc = the product over `steps` stages, of which the first is in slot 0; all of them are released. Unrolled over the
   // ring, so that every address is a constant.
@@ -201,7 +307,7 @@ struct Consumer {
       for (int i = 0; i < T::TOKENS / 2; i++) acc[b][i] = 0;
     mbar_wait(ring.full(0), parity(0));
     load(0, 0);
-    convert(0, frag[0]);
+    convert(0, 0, frag[0]);
     load(0, 1);
     constexpr uint32_t ALL = uint32_t((uint64_t(1) << T::STAGES) - 1);
 #pragma unroll 1
@@ -220,7 +326,7 @@ struct Consumer {
           multiply_unit(acc[u % T::BLOCKS], frag[u % 2],
                         acts + (slot * T::ACTS_BYTES + u / T::BLOCKS * T::ACTS_TILE >> 4));
           if (u == 0 && (slot > 0 || left < steps)) ring.release(old_slot, lane);  // its last unit has retired
-          convert((u + 1) % UNITS, frag[(u + 1) % 2]);
+          convert(u + 1 < UNITS ? slot : next_slot, (u + 1) % UNITS, frag[(u + 1) % 2]);
           if (to_next && !ready) mbar_wait(ring.full(next_slot), next_parity);
           // (after the last step's, old units are loaded and converted for nothing)
           load(u + 2 < UNITS ? slot : next_slot, (u + 2) % UNITS);
@@ -242,27 +348,45 @@ struct Consumer {
   // In a single range of K all slots of a round have the same parity.
   DEVICE uint32_t parity(int slot) const { return (T::ONE_RANGE ? fillings : fillings >> slot) & 1; }
 
-  DEVICE bool may_be_new(int unit) const { return unit / T::BLOCKS % 2 == 0 || per_unit; }
+  // The first of the thread's two rows of its first strip, in the tile.
+  static DEVICE int first_row(int strip0, int warp, int lane) { return strip0 * 64 + warp % 4 * 16 + lane / 4; }
+
+  DEVICE bool may_be_new(int unit) const { return unit / T::BLOCKS % 2 == 0 || changes.per_unit; }
 
   DEVICE void load(int slot, int unit) {
     const int b = unit % T::BLOCKS, k = unit / T::BLOCKS;
-    words = load_shared_128(my_words + slot * T::WEIGHTS_BYTES + b * T::STRIP_BYTES + k * UNIT_BYTES);
-    if (may_be_new(unit)) {
-      const uint32_t scales = my_scales + slot * T::SCALES_BYTES + k * T::SCALE_ROW + b * 128;
-      new_g = load_shared_16(scales);
-      new_g8 = load_shared_16(scales + 16);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+      words[i] =
+          load_shared_128(my_words + slot * T::WEIGHTS_BYTES + b * T::STRIP_BYTES + k * T::UNIT_BYTES + i * PART_BYTES);
+    if (may_be_new(unit)) load_rows(slot, b, k * T::HALVES);
+  }
+  DEVICE void load_rows(int slot, int b, int row) {
+    const uint32_t at = slot * T::AUX_BYTES + row * T::SCALE_ROW;
+    raw.g = load_shared_16(my_scales + at + b * 128);
+    raw.g8 = load_shared_16(my_scales + at + b * 128 + 16);
+    zeros.load(raw, at, b);
+  }
+  DEVICE void convert(int slot, int unit, uint32_t (&to)[4][4]) {
+    const int b = unit % T::BLOCKS;
+    auto& s = scale[b];
+    if (may_be_new(unit)) zeros.set(s, raw);
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      if (T::HALVES == 2 && c == 2 && changes.fine) {  // not loaded ahead: the other groups should not pay for it
+        load_rows(slot, b, unit / T::BLOCKS * T::HALVES + 1);
+        zeros.set(s, raw);
+      }
+      if constexpr (PARTS == 1) {
+        Types::convert(word(words[0], c), s[0], s[1], to[c]);
+      } else {
+        const uint4& part = words[c / 2];
+        Types::convert(word(part, c % 2 * 2), word(part, c % 2 * 2 + 1), s[0], s[1], to[c]);
+      }
     }
   }
-  DEVICE void convert(int unit, uint32_t (&to)[4][4]) {
-    PairScale<Types>& s = scale[unit % T::BLOCKS];
-    if (may_be_new(unit)) {
-      s.g.set(new_g);
-      s.g8.set(new_g8);
-    }
-    s.convert(words.x, to[0]);
-    s.convert(words.y, to[1]);
-    s.convert(words.z, to[2]);
-    s.convert(words.w, to[3]);
+  static DEVICE uint32_t word(const uint4& part, int i) {
+    return i == 0 ? part.x : i == 1 ? part.y : i == 2 ? part.z : part.w;
   }
   // When it returns, the unit before this one has retired.
   DEVICE void multiply_unit(float (&acc)[T::TOKENS / 2], const uint32_t (&a)[4][4], uint64_t desc) {

@@ -16,9 +16,10 @@
 
 namespace machete {
 
-template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm>
-struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm> {
-  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm>;
+template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens, int Stages, int CtasPerSm,
+          int UnitBytes, int AuxRows>
+struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm, UnitBytes, AuxRows> {
+  using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm, UnitBytes, AuxRows>;
   static constexpr bool ONE_RANGE = true;  // of K, for a CTA
   static constexpr int THREADS = 32 * (Base::WARPS + 2);
   static constexpr int LOG_K_WG = KWarpgroups == 1 ? 0 : KWarpgroups == 2 ? 1 : 2;
@@ -100,7 +101,7 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
       }
     }
   } else {
-    Consumer<Types, T>(ring, strip0, k_wg, warp, lane, scale_per_unit<T>(p, k_units)).multiply(acc, steps);
+    Consumer<Types, T>(p, ring, strip0, k_wg, warp, lane).multiply(acc, steps);
   }
 
   if (split > 1) {

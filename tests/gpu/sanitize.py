@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every schedule once on a small ragged product, for compute-sanitizer:
+"""Runs schedules on small ragged products, for compute-sanitizer:
 
     compute-sanitizer --tool memcheck --report-api-errors no --kernel-name kns=machete python tests/gpu/sanitize.py
 
-K is long enough that every ring stage is used again. docs/sanitizer.md has the commands and what they report.
+Every schedule of the kernels of one type (``--types``), and of those of each other type the narrowest and the widest
+tile of each family, with other zeros, scales and outputs in turn. K is long enough that every ring stage is used again.
+docs/sanitizer.md has the commands and what they report.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,39 +21,73 @@ from gpu_layers import Layer
 
 import machete_aot as machete
 from machete_aot.bundle import open_bundle
-from machete_aot.config import TileConfig
+from machete_aot.config import TileConfig, TypeConfig
 from machete_aot.fetch import default_bundle
+from machete_aot.manifest import Manifest, ScheduleInfo
+from machete_aot.prepack import A_DTYPES
+from machete_aot.qualify import Weights, weights_of
+from machete_aot.scalar_type import scalar_type
 
 
 def product(tile: TileConfig, split: int) -> tuple[int, int, int]:
-    """(M, N, K): two token tiles, the second with a row; two row tiles, the second with 24; a ragged end of K."""
+    """(M, N, K): two token tiles, the second with a row; two row tiles, the second with 16; a ragged end of K.
+
+    In a cluster the second row tile leaves CTAs without any row.
+    """
     steps = max(split, 1) * (tile.stages + 1)  # of even shares (split 0), each is a part of a tile
-    return tile.tokens + 1, tile.rows + 24, 64 * tile.step_units * steps + 72
+    return tile.tokens + 1, tile.rows * tile.cluster + 16, 64 * tile.step_units * steps + 72
+
+
+def chosen(manifest: Manifest, whole: str) -> Iterator[tuple[TypeConfig, ScheduleInfo, int]]:
+    """What is run: types, schedule, and how many of its types came before it."""
+    for types in manifest.types:
+        schedules = manifest.schedules_for(types)
+        if types.name != whole:
+            families: dict[str, list[ScheduleInfo]] = {}
+            for schedule in schedules:
+                families.setdefault(manifest.kernel_for(types, schedule.name).tile.family, []).append(schedule)
+            schedules = tuple(dict.fromkeys(s for found in families.values() for s in (found[0], found[-1])))
+        for number, schedule in enumerate(schedules):
+            yield types, schedule, number
+
+
+def run(types: TypeConfig, weights: Weights, schedule: ScheduleInfo, tile: TileConfig, number: int) -> float:
+    """The error of a product, over its tolerance. Every other one has all that a sum can become."""
+    m, n, k = product(tile, schedule.split)
+    b_type, dtype = scalar_type(weights.b), A_DTYPES[types.a]
+    layer = Layer(n, k, weights.group, dtype, b_type=b_type, zeros=weights.zeros)
+    a, options = layer.acts(m), {"bias": layer.bias()}
+    if number % 2:
+        options |= {"channel_scales": layer.channel_scales(), "token_scales": layer.token_scales(m)}
+        options |= {"activation": "swiglu"}
+    out_dtype = (dtype, torch.float32)[number // 2 % 2]
+    out = layer.gemm(a, schedule=schedule.name, out_dtype=out_dtype, **options)
+    error = layer.error(out, layer.expected(a, **options))
+    words = f"{weights.b}, zeros {weights.zeros}, groups of {weights.group}, {', '.join(options)}, {out_dtype}"
+    print(f"{types.name} {schedule.name}  M={m} N={n} K={k} {words}: error {error:.2f} of the tolerance", flush=True)
+    return error
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, help="a folder with a bundle and pins.json, else the embedded one")
     parser.add_argument("--only", default="", help="only schedules whose name contains this")
-    parser.add_argument("--types", default="bf16", choices=["bf16", "fp16"])
+    parser.add_argument("--types", default="bf16_u4b8", help="the types of which every schedule runs: %(default)s")
     options = parser.parse_args()
     if options.bundle:
         (pin,) = json.loads((options.bundle / "pins.json").read_text())["bundles"]
         machete.use_bundle(open_bundle(options.bundle / pin["file"], manifest_sha256=pin["manifest_sha256"]))
-    dtype = torch.bfloat16 if options.types == "bf16" else torch.float16
     manifest = default_bundle().manifest
-    tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels}
+    names = [types.name for types in manifest.types]
+    if options.types not in names:
+        parser.error(f"--types: the bundle has no kernels for {options.types!r}; it has {', '.join(names)}")
     failures = 0
-    for schedule in manifest.schedules:
-        if options.only not in schedule.name:
-            continue
-        m, n, k = product(tiles[schedule.tile], schedule.split)
-        layer = Layer(n, k, 64, dtype)
-        a, bias = layer.acts(m), layer.bias()
-        out = layer.gemm(a, bias=bias, schedule=schedule.name)
-        error = layer.error(out, layer.expected(a, bias))
-        failures += error > 1
-        print(f"{schedule.name}  M={m} N={n} K={k}: error {error:.2f} of the tolerance", flush=True)
+    for types, schedule, number in chosen(manifest, options.types):
+        if options.only in schedule.name:
+            # Neighbours in this list have other zeros and types; the group sizes are those that change within a unit.
+            weights = [w for w in weights_of(manifest, types) if w.group in (32, 64)]
+            tile = manifest.kernel_for(types, schedule.name).tile
+            failures += not run(types, weights[number % len(weights)], schedule, tile, number) <= 1
     print(f"{failures} failed")
     return failures != 0
 

@@ -8,10 +8,11 @@ import torch
 from gpu_layers import DTYPES, Guarded, Layer, same_bits
 
 import machete_aot as machete
-from build_kernels.catalogue import schedules
+from build_kernels.catalogue import typed_schedules
 
 pytestmark = pytest.mark.gpu
 
+SCHEDULES = [schedule.name for types, schedule in typed_schedules() if types.name == "bf16_u4b8"]
 TOKENS = (1, 2, 7, 16, 17, 33, 64, 100, 256, 257, 1000, 4096)
 LAYERS = ((6144, 4096), (8192, 8192), (4096, 14336), (128, 128), (4224, 4160), (4304, 1152), (576, 7168))
 RAGGED = ((1, 1), (7, 8), (64, 64), (65, 130), (100, 1000), (192, 72), (250, 4100), (1032, 321), (130, 2112))
@@ -37,7 +38,7 @@ def test_acceptance(n: int, k: int, group: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [schedule.name for schedule in schedules()])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule(name: str, dtype: torch.dtype) -> None:
     bad = {}
     for n, k, group in ((512, 1024, 128), (4304, 1152, 64), (200, 4160, -1), (1000, 448, 192), (96, 60, 128)):
@@ -145,13 +146,16 @@ def test_bias(m: int) -> None:
 def test_what_is_refused() -> None:
     layer = Layer(256, 512, 64, torch.bfloat16)
     a = layer.acts(2)
-    with pytest.raises(machete.UnsupportedError, match="zero points"):
+    with pytest.raises(machete.UnsupportedError, match="no kernels for"):  # the type has a zero point already
         layer.gemm(a, b_zeros=layer.scales)
-    with pytest.raises(machete.UnsupportedError, match="multiples of 64"):
-        machete.gemm(a, layer.b, machete.u4b8, layer.scales.repeat(2, 1), b_group_size=32)
-    with pytest.raises(machete.UnsupportedError, match="bf16_u8b128"):
-        b = torch.zeros(4, 8, 1024, dtype=torch.int32, device="cuda")
-        machete.gemm(a, b, machete.u8b128, layer.scales, b_group_size=64)
+    with pytest.raises(machete.ArgumentError, match="u4b8 has a zero point of its own"):
+        layer.gemm(a, b_zeros=layer.scales.byte())
+    with pytest.raises(machete.ArgumentError, match="multiple of 32"):
+        layer.gemm(a, b_group_size=48)
+    with pytest.raises(machete.UnsupportedError, match="kernels for weights of type"):
+        layer.b_type = machete.ScalarType("u4b7", 4, 7)
+        layer.gemm(a)
+    layer.b_type = machete.u4b8
     with pytest.raises(machete.ArgumentError, match="no schedule 'nonsense'"):
         layer.gemm(a, schedule="nonsense")
     with pytest.raises(machete.ArgumentError, match="one device"):

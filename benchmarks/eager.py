@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What eager calls cost the host on a GPU: ``python -m benchmarks.eager --out eager.json``.
+
+Microseconds a call, M = 16 and N = K = 4096, while 100 calls are queued after a synchronisation; the median of many
+such queues, all implementations in turns: machete_aot.gemm through the loader and through cuda-bindings,
+torch.ops.machete_aot.gemm, torch.mm, and Humming where it can be imported. Then the first product of a new process in
+which torch and the package are ready, and calls over changing shapes, during which nothing may grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import machete_aot as machete
+from machete_aot import loader
+from machete_aot.peers import PEERS, find_peers
+from machete_aot.timing import Layer
+
+M, N, K, GROUP = 16, 4096, 4096, 128
+QUEUED, REPEATS = 100, 40
+SOAK_SHAPES = tuple((m, n, k) for m in (1, 7, 16, 64, 200) for n, k in ((4096, 4096), (1000, 1096), (576, 7168)))
+LOADER = "MACHETE_AOT_LOADER"
+
+Call = Callable[[], object]
+
+
+def queue_us(calls: dict[str, Call]) -> dict[str, float]:
+    """Host microseconds a call of each implementation."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(QUEUED):
+            call()
+    for _ in range(REPEATS):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(QUEUED):
+                call()
+            times[name].append((time.perf_counter() - start) / QUEUED * 1e6)
+    torch.cuda.synchronize()
+    return {name: round(statistics.median(found), 2) for name, found in times.items()}
+
+
+def calls_of(layer: Layer) -> dict[str, Call]:
+    a = torch.randn(M, K, device="cuda").to(torch.bfloat16)
+    codes, scales, _ = layer.weights.copies[0]
+    packed = machete.prepack_b(codes, machete.u4b8)
+    plain = torch.randn(K, N, device="cuda").to(torch.bfloat16)
+    out = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+    calls: dict[str, Call] = {
+        "gemm": lambda: machete.gemm(a, packed, machete.u4b8, scales, b_group_size=GROUP),
+        "gemm, out": lambda: machete.gemm(a, packed, machete.u4b8, scales, b_group_size=GROUP, out=out),
+        "torch.mm": lambda: torch.mm(a, plain),
+        "torch.mm, out": lambda: torch.mm(a, plain, out=out),
+    }
+    for peer in find_peers(name for name in PEERS if name == "humming")[0]:
+        calls[peer.name] = partial(peer.prepare(layer.weights, (M,)), 0, a, out)
+    return calls
+
+
+def child(what: str) -> dict[str, Any]:
+    """Figures of a process of its own."""
+    torch.zeros(1, device="cuda")
+    if what == "first":
+        a = torch.randn(M, K, device="cuda").to(torch.bfloat16)
+        codes = torch.randint(-(2**31), 2**31, (K // 8, N), dtype=torch.int32, device="cuda")
+        scales = torch.rand(K // GROUP, N, device="cuda").to(torch.bfloat16)
+        packed = machete.prepack_b(codes, machete.u4b8)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        machete.gemm(a, packed, machete.u4b8, scales, b_group_size=GROUP)
+        torch.cuda.synchronize()
+        return {"first_ms": round((time.perf_counter() - start) * 1e3, 2)}
+    layer = Layer.make(N, K, GROUP, torch.bfloat16)
+    return {"loader": loader.status()[1], "us": queue_us(calls_of(layer))}
+
+
+def soak(count: int) -> dict[str, Any]:
+    """Memory before and after so many calls, the first round of which is not counted."""
+    calls = []
+    for m, n, k in SOAK_SHAPES:
+        a = torch.randn(m, k, device="cuda").to(torch.bfloat16)
+        codes = torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32, device="cuda")
+        scales = torch.rand(-(-k // GROUP), n, device="cuda").to(torch.bfloat16)
+        calls.append((a, machete.prepack_b(codes, machete.u4b8), scales))
+
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            for a, b, scales in calls:
+                machete.gemm(a, b, machete.u4b8, scales, b_group_size=GROUP)
+            torch.cuda.synchronize()
+
+    run(100)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.cuda.memory_reserved()
+    start = time.perf_counter()
+    run(count // len(calls))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.cuda.memory_reserved()
+    return {
+        "calls": count // len(calls) * len(calls),
+        "seconds": round(time.perf_counter() - start, 1),
+        "host_growth_kib": after[0] - before[0],
+        "device_growth_bytes": after[1] - before[1],
+    }
+
+
+def spawn(what: str, **environment: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.eager", "--child", what]
+    result = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.eager", description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--soak", type=int, default=1_000_000, help="calls over changing shapes")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.child)))
+        return
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "product": [M, N, K],
+        "native": spawn("queue"),
+        "bindings": spawn("queue", **{LOADER: "0"}),
+        "first_ms": sorted(spawn("first")["first_ms"] for _ in range(5)),
+        "soak": soak(options.soak),
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

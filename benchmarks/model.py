@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole model from quantised checkpoints: time to load, logits against 16 bits, and decoding beside the bf16 model.
+
+    python -m benchmarks.model --out model.json                # a random Llama 3 8B, GPTQ and AWQ, group 128
+    python -m benchmarks.model --vocab 32000 --skip-awq
+
+Checkpoints of random codes are written layer by layer into a temporary folder. GPTQ's are symmetric, AWQ's have zero
+points. The bf16 model has the same weights, dequantised here from the formats' definitions. Decoding is greedy, with a
+static cache and a step as one CUDA graph. Without a GPU everything runs eagerly on the CPU: for a try with small sizes.
+Needs the extra "models".
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from examples.greedy import Greedy
+from machete_aot.bench_report import device_facts
+from machete_aot.nn import MacheteLinear, fuse, load_quantized, parameters_on_meta
+from machete_aot.nn.checkpoint import Checkpoint
+from machete_aot.nn.tree import Tree
+from machete_aot.publish import publish
+from machete_aot.scalar_type import u4b8
+
+GROUP = 128
+WEIGHT = 0.02  # standard deviation of the weights
+CODE = 4.6  # that of uniform codes of 4 bits
+AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # where column c % 8 lies in a word, in codes from its lowest bits
+PROMPT = 64
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gptq": {
+        "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq",
+    },
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+}  # fmt: skip
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Loads, checks and times a whole quantised model.")
+    for name, default in (
+        ("layers", 32), ("hidden", 4096), ("intermediate", 14336), ("heads", 32), ("kv-heads", 8), ("vocab", 128256),
+        ("positions", 1000), ("new", 256),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batches", default="1,16,64", help="numbers of sequences that are decoded at a time")
+    parser.add_argument("--out", type=Path, help="a JSON file of every figure")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: the temporary folder")
+    for part in ("gptq", "awq", "logits", "decode", "unfused", "bf16", "act-order"):
+        parser.add_argument(f"--skip-{part}", action="store_true")
+    return parser.parse_args(arguments)
+
+
+class Run:
+    """One run: its options, and what was found."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config = LlamaConfig(
+            vocab_size=options.vocab,
+            hidden_size=options.hidden,
+            intermediate_size=options.intermediate,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.heads,
+            num_key_value_heads=options.kv_heads,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        )
+        self.found: dict[str, Any] = {
+            "command": shlex.join(["python", "-m", "benchmarks.model", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "device": device_facts(None) if self.device.type == "cuda" else "cpu",
+            "model": {
+                k: getattr(options, k) for k in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab")
+            },
+            "formats": {},
+            "decode": [],
+        }
+        torch.manual_seed(0)
+        self.ids = torch.randint(options.vocab, (1, options.positions), device=self.device)
+        self.tokens: dict[tuple[str, int], torch.Tensor] = {}
+
+    def note(self, text: str) -> None:
+        print(f"[{time.perf_counter() - START:6.1f} s] {text}", flush=True)
+
+    def save(self) -> None:
+        if self.options.out is not None:
+            publish(self.options.out, json.dumps(self.found, indent=1).encode())
+
+    def empty(self) -> Any:
+        with parameters_on_meta():
+            return AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).eval()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        self.synchronize()
+        start = time.perf_counter()
+        result = call()
+        self.synchronize()
+        return time.perf_counter() - start, result
+
+    def reset_peak(self) -> None:
+        gc.collect()  # models of Hugging Face may hold themselves
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gb(self) -> float | None:
+        return torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
+
+    def held_gb(self) -> float | None:
+        return torch.cuda.memory_allocated() / 1e9 if self.device.type == "cuda" else None
+
+
+def write(run: Run, folder: Path, form: str) -> int:
+    """Writes a checkpoint, a file for each layer and one for the rest; returns the bytes of packed weights."""
+    places: dict[str, str] = {}
+    packed = 0
+    linear: dict[str, dict[str, tuple[int, int]]] = {}
+    rest: dict[str, torch.Tensor] = {}
+    device = run.device
+    for name, module in run.empty().named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            linear.setdefault(".".join(name.split(".")[:3]), {})[name] = (module.out_features, module.in_features)
+        else:
+            for leaf, value in module.named_parameters(recurse=False):
+                random = (
+                    torch.randn(value.shape, device=device).mul_(WEIGHT)
+                    if value.dim() == 2
+                    else torch.ones(value.shape)
+                )
+                rest[f"{name}.{leaf}"] = random.to(torch.bfloat16).cpu()
+    for file, shapes in [("rest", {}), *linear.items()]:
+        tensors = rest if not shapes else {}
+        for name, (n, k) in shapes.items():
+            for part, value in (random_gptq if form == "gptq" else random_awq)(n, k, device).items():
+                tensors[f"{name}.{part}"] = value.cpu()
+            packed += tensors[f"{name}.qweight"].nbytes
+        save_file(tensors, str(folder / f"{file}.safetensors"), metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, f"{file}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIGS[form]}))
+    return packed
+
+
+def random_words(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int32, device=device)
+
+
+def random_scales(groups: int, n: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(groups, n, device=device).mul_(0.6).add_(0.7).mul_(WEIGHT / CODE).to(torch.float16)
+
+
+def random_gptq(n: int, k: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Version 1 of the format: a stored zero point of 7 is 8."""
+    zeros = torch.full((k // GROUP, n // 8), 0x77777777, dtype=torch.int32)
+    g_idx = (torch.arange(k) // GROUP).to(torch.int32)
+    scales = random_scales(k // GROUP, n, device)
+    return {"qweight": random_words(k // 8, n, device), "qzeros": zeros, "scales": scales, "g_idx": g_idx}
+
+
+def random_awq(n: int, k: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Zero points of 6 to 9."""
+    zeros = random_words(k // GROUP, n // 8, device).bitwise_and_(0x33333333).add_(0x66666666)
+    return {"qweight": random_words(k, n // 8, device), "qzeros": zeros, "scales": random_scales(k // GROUP, n, device)}
+
+
+def dequantised_gptq(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[N, K] in bf16: (code - (stored zero point + 1)) * scale."""
+    shifts = torch.arange(0, 32, 4, device=tensors["qweight"].device)
+    codes = (tensors["qweight"][:, None, :] >> shifts[None, :, None] & 15).flatten(0, 1)
+    points = (tensors["qzeros"][:, :, None] >> shifts & 15).flatten(1) + 1
+    return _values(codes, points, tensors["scales"])
+
+
+def dequantised_awq(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[N, K] in bf16: (code - zero point) * scale, columns from their places in a word."""
+    shifts = 4 * torch.tensor(AWQ_PLACE, device=tensors["qweight"].device)
+    codes, points = ((tensors[name][:, :, None] >> shifts & 15).flatten(1) for name in ("qweight", "qzeros"))
+    return _values(codes, points, tensors["scales"])
+
+
+def _values(codes: torch.Tensor, points: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    exact = (codes - points.repeat_interleave(GROUP, 0)).to(torch.bfloat16)
+    return (exact * scales.to(torch.bfloat16).repeat_interleave(GROUP, 0)).t().contiguous()
+
+
+def floating_model(run: Run, folder: Path, form: str) -> Any:
+    """The bf16 model of a checkpoint's weights."""
+    model, checkpoint = run.empty(), Checkpoint.find(folder, run.device)
+    tree = Tree(model, run.device)
+    for name in sorted(tree.wanted()):
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in checkpoint.files:
+            tensors = {part: checkpoint.tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")}
+            tree.give(name, (dequantised_gptq if form == "gptq" else dequantised_awq)(tensors))
+        else:
+            tree.give(name, checkpoint.tensor(name))
+    checkpoint.close()
+    tree.finish()
+    return model
+
+
+def compare(run: Run, model: Any, floating: Any) -> dict[str, float]:
+    """Logits of one sequence. Differences are of the largest logit, and of the norm."""
+    with torch.inference_mode():
+        found, wanted = (m(run.ids).logits[0].float() for m in (model, floating))
+    best = wanted.argmax(-1)
+    agree = found.argmax(-1) == best
+    # Where the models disagree, by how much the bf16 model prefers its own choice.
+    margin = wanted.gather(1, best[:, None]) - wanted.gather(1, found.argmax(-1)[:, None])
+    largest = float(wanted.abs().max())
+    return {
+        "positions": run.ids.shape[1],
+        "max_difference_over_max_logit": float((found - wanted).abs().max()) / largest,
+        "relative_norm": float((found - wanted).norm() / wanted.norm()),
+        "top1_agreement": float(agree.float().mean()),
+        "largest_margin_over_max_logit": float(margin.max()) / largest,
+    }
+
+
+def decode(run: Run, name: str, model: Any) -> None:
+    """Times greedy decoding of one model for each batch."""
+    new = run.options.new
+    for batch in map(int, run.options.batches.split(",")):
+        prompt = run.ids[0, :PROMPT].repeat(batch, 1)
+        prompt = (prompt + torch.arange(batch, device=run.device)[:, None]) % run.options.vocab
+        run.reset_peak()
+        greedy = Greedy(model, batch, prompt.shape[1] + new, "graph" if run.device.type == "cuda" else "eager")
+        greedy.prepare(prompt)
+        prefill, _ = run.seconds(lambda g=greedy, p=prompt: g.generate(p, 1))
+        seconds, tokens = run.seconds(lambda g=greedy, p=prompt: g.generate(p, new))
+        step_ms = 1e3 * (seconds - prefill) / max(1, new - 1)
+        entry = {
+            "model": name, "batch": batch, "new": new, "seconds": seconds, "prefill_seconds": prefill,
+            "step_ms": step_ms, "tokens_per_s": batch * new / seconds, "peak_gb": run.peak_gb(),
+        }  # fmt: skip
+        self_tokens = tokens[:, prompt.shape[1] :].cpu()
+        run.tokens[name, batch] = self_tokens
+        reference = run.tokens.get(("bf16", batch))
+        if reference is not None and name != "bf16":
+            same = (self_tokens == reference).int().cumprod(1).sum(1).float()
+            entry["tokens_as_bf16"] = float(same.mean())  # before the first that differs
+            other = next(e for e in run.found["decode"] if e["model"] == "bf16" and e["batch"] == batch)
+            entry["speed_up"] = other["step_ms"] / step_ms
+        run.found["decode"].append(entry)
+        faster = f", {entry['speed_up']:.2f} times bf16" if "speed_up" in entry else ""
+        run.note(f"{name}, batch {batch}: {step_ms:.2f} ms a step, {entry['tokens_per_s']:.0f} tokens/s{faster}")
+        del greedy
+
+
+def act_order(run: Run) -> list[dict[str, float]]:
+    """What gathering the activations costs: a layer with and without a permutation, in graphs of many calls."""
+    found = []
+    calls = 20
+    for k in (run.options.hidden, run.options.intermediate):
+        n = run.options.hidden
+        tensors = {name: value.to(run.device) for name, value in random_gptq(n, k, run.device).items()}
+        layers = []
+        for shuffled in (False, True):
+            order = torch.randperm(k, device=run.device) if shuffled else torch.arange(k, device=run.device)
+            layers.append(MacheteLinear.from_gptq(**dict(tensors, g_idx=tensors["g_idx"][order])))
+        assert layers[0].b_type == u4b8 and layers[0].perm is None and layers[1].perm is not None
+        for m in (1, 16, 64, 1024):
+            x = torch.randn(m, k, device=run.device).to(torch.bfloat16)
+            us = [1e6 * _graph_seconds(run, layer, x, calls) / calls for layer in layers]
+            found.append({"m": m, "n": n, "k": k, "plain_us": us[0], "act_order_us": us[1]})
+            run.note(f"act-order {n} x {k}, M = {m}: {us[0]:.1f} us without, {us[1]:.1f} us with")
+    return found
+
+
+@torch.inference_mode()
+def _graph_seconds(run: Run, layer: MacheteLinear, x: torch.Tensor, calls: int) -> float:
+    """Seconds of so many calls, in a CUDA graph where there is a GPU; the least of several. The weights stay in L2."""
+
+    def many() -> None:
+        for _ in range(calls):
+            layer(x)
+
+    if run.device.type != "cuda":
+        return run.seconds(many)[0]
+    many()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        many()
+    graph.replay()
+    return min(run.seconds(graph.replay)[0] for _ in range(5))
+
+
+def measure_format(run: Run, form: str, first: bool) -> None:
+    """Everything about one format. ``first``: the bf16 model is decoded too."""
+    options = run.options
+    found: dict[str, Any] = {}
+    run.found["formats"][form] = found
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        seconds, packed = run.seconds(lambda: write(run, folder, form))
+        run.note(f"{form}: wrote {packed / 1e9:.2f} GB of packed weights in {seconds:.1f} s")
+        model = run.empty()
+        run.reset_peak()
+        before = run.held_gb()
+        seconds, model = run.seconds(lambda: load_quantized(model, folder, device=run.device))
+        peak, held = run.peak_gb(), run.held_gb()
+        found["load"] = {
+            "seconds": seconds, "packed_gb": packed / 1e9, "packed_gb_per_s": packed / 1e9 / seconds,
+            "file_gb": sum(p.stat().st_size for p in folder.iterdir()) / 1e9,
+            "extra_peak_gb": None if peak is None or held is None else peak - held, "held_gb_before": before,
+        }  # fmt: skip
+        run.note(f"{form}: loaded in {seconds:.1f} s, {packed / 1e9 / seconds:.2f} GB of packed weights a second")
+        floating = None
+        if not options.skip_logits or (first and not options.skip_bf16 and not options.skip_decode):
+            floating = floating_model(run, folder, form)
+            run.note(f"{form}: dequantised to bf16")
+    if floating is not None and not options.skip_logits:
+        found["logits"] = compare(run, model, floating)
+        run.note(f"{form}: {found['logits']}")
+    if floating is not None and first and not options.skip_bf16 and not options.skip_decode:
+        decode(run, "bf16", floating)
+    if not options.skip_decode and not options.skip_unfused and first:
+        decode(run, form, model)
+    seconds, report = run.seconds(lambda: fuse(model))
+    found["fuse"] = {"seconds": seconds, "merged": len(report.merged), "skipped": report.skipped}
+    run.note(f"{form}: {len(report.merged)} layers merged in {seconds:.1f} s")
+    if floating is not None and not options.skip_logits:
+        found["logits_fused"] = compare(run, model, floating)
+        run.note(f"{form}, fused: {found['logits_fused']}")
+    del floating
+    if not options.skip_decode:
+        decode(run, f"{form}, fused", model)
+    run.save()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    run = Run(parse(arguments))
+    run.note(f"{run.found['device']}, torch {torch.__version__}")
+    forms = [form for form in CONFIGS if not getattr(run.options, f"skip_{form}")]
+    for i, form in enumerate(forms):
+        measure_format(run, form, first=i == 0)
+    if not run.options.skip_act_order:
+        run.found["act_order"] = act_order(run)
+    run.found["seconds"] = time.perf_counter() - START
+    run.save()
+    return 0
+
+
+START = time.perf_counter()
+
+if __name__ == "__main__":
+    sys.exit(main())
