@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from machete_aot.abi import PARAMETERS
-from machete_aot.config import WARPGROUP, TileConfig
+from machete_aot.config import SHARED_PER_SM, SHARED_RESERVED, WARPGROUP, TileConfig
 
 from .configs import Specialization
 from .elf import Cubin, read_cubin
@@ -19,14 +19,12 @@ from .errors import BuildError
 from .paths import BUILD
 from .toolchain import find_disassembler
 
-ELF_ABI = 8  # of cubins of CUDA 13
+ELF_ABI = 7  # of cubins of ptxas 12.x, which drivers from CUDA 12.0 up load; those of 13.x have 8
 
 REGISTERS_PER_SM = 65536
 REGISTER_GRANULE = 8  # registers of a thread are allocated in eights
 PARTITIONS = 4  # of an SM; each has a quarter of its registers and serves every fourth warp
-SHARED_PER_SM = 228 * 1024
 SHARED_PER_CTA = 227 * 1024
-SHARED_RESERVED = 1024  # of every CTA, by the system
 
 _QUIET_LOG = re.compile(
     r"\d+ bytes gmem"
@@ -135,9 +133,9 @@ def shared_memory_problems(kernel: Specialization, static: int = 0) -> Iterator[
     """Splits whose shared memory exceeds what a CTA, or ``ctas_per_sm`` of them, can have."""
     tile = kernel.tile
     for split in kernel.splits:
-        if split not in tile.splits():
-            yield f"split {split} is not among the tile's splits {tile.splits()}"
-        used = tile.shared_memory(split) + static
+        if split not in tile.splits(kernel.types):
+            yield f"split {split} is not among the tile's splits {tile.splits(kernel.types)}"
+        used = tile.shared_memory(split, kernel.types) + static
         if used > SHARED_PER_CTA:
             yield f"split {split} needs {used} bytes of shared memory, limit {SHARED_PER_CTA}"
         resident = tile.ctas_per_sm * (used + SHARED_RESERVED)

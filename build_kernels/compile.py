@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the kernels with ninja: .cu -> PTX -> PTX without stray globals -> cubin and the log of ptxas.
+"""Compiles the kernels with ninja: .cu -> PTX -> PTX as ptxas wants it -> cubin and the log of ptxas.
 
 For a kernel ``<id>`` the build folder holds <id>.cu, <id>.raw.ptx, <id>.ptx, <id>.cubin and <id>.log. Only what changed
 is compiled anew. Cubins do not depend on the folder.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ninja
 
-from . import prune
+from . import ptx
 from .configs import Specialization
 from .errors import BuildError
 from .generate import generate
@@ -29,9 +29,9 @@ rule ptx
   depfile = $out.d
   deps = gcc
   description = PTX $id
-rule prune
-  command = {prune} $in $out
-  description = prune $id
+rule finish
+  command = {finish} $in $out
+  description = finish $id
 rule cubin
   command = {ptxas} $in -o $out >$log 2>&1 || {{ cat $log; rm -f $out; exit 1; }}
   description = cubin $id
@@ -39,7 +39,7 @@ rule cubin
 _KERNEL = """\
 build {id}.raw.ptx: ptx {id}.cu
   id = {id}
-build {id}.ptx: prune {id}.raw.ptx | {prune}
+build {id}.ptx: finish {id}.raw.ptx | {script}
   id = {id}
 build {id}.cubin | {id}.log: cubin {id}.ptx
   id = {id}
@@ -73,15 +73,15 @@ def compile_kernels(
 
 
 def render_graph(ids: Sequence[str], tools: Tools, includes: Iterable[Path], defines: Sequence[str] = ()) -> str:
-    """The build.ninja of these kernels. Its tools' paths are part of the commands: another nvcc compiles all anew."""
+    """The build.ninja of these kernels. Its tools' paths are part of the commands: another tool compiles all anew."""
     options = [f"-D{name}" for name in defines] + [f"-I{folder}" for folder in (*includes, tools.cutlass)]
-    script = str(Path(prune.__file__))
+    script = str(Path(ptx.__file__))
     rules = _RULES.format(
         nvcc=_command(str(tools.nvcc), *NVCC_FLAGS, *options),
-        prune=_command(sys.executable, script),
+        finish=_command(sys.executable, script),
         ptxas=_command(str(tools.ptxas), *PTXAS_FLAGS),
     )
-    return rules + "".join(_KERNEL.format(id=kernel, prune=_path(script)) for kernel in ids)
+    return rules + "".join(_KERNEL.format(id=kernel, script=_path(script)) for kernel in ids)
 
 
 def _command(*words: str) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
-_OSABI_CUDA = 0x41
+# The OS ABI byte that goes with an ABI version: what ptxas 12.x (7) and 13.x (8) write. NVIDIA documents neither;
+# LLVM's BinaryFormat/ELF.h names 0x33 ELFOSABI_CUDA, and the versions ELFABIVERSION_CUDA_V1 and _V2.
+_OSABI_CUDA = {7: 0x33, 8: 0x41}
 _STO_ENTRY = 0x10  # in st_other: a kernel, as opposed to a device function
 _STT_FUNC = 2
 _SHT_NOBITS = 8  # a section without bytes in the file
@@ -26,7 +28,9 @@ _EIATTR_REGCOUNT = 0x2F
 
 @dataclass(frozen=True)
 class Cubin:
-    """``parameters``: (offset from the first, size) of each; ``frame``: the largest stack frame, in bytes."""
+    """``abi``: the ELF ABI version, which decides what drivers load it. ``parameters``: (offset from the first, size)
+    of each; ``frame``: the largest stack frame, in bytes.
+    """
 
     abi: int
     entries: tuple[str, ...]
@@ -46,8 +50,10 @@ def read_cubin(data: bytes) -> Cubin:
 
 def _read(data: bytes) -> Cubin:
     ident, _, machine, *_, section_at, _, _, _, _, entry_size, count, names_index = _HEADER.unpack_from(data)
-    if ident[:4] != b"\x7fELF" or machine != _EM_CUDA or ident[7] != _OSABI_CUDA or entry_size != _SECTION.size:
+    if ident[:4] != b"\x7fELF" or machine != _EM_CUDA or entry_size != _SECTION.size:
         raise ValueError("not an ELF file for CUDA")
+    if _OSABI_CUDA.get(ident[8]) != ident[7]:
+        raise ValueError(f"an ELF file for CUDA with OS ABI {ident[7]:#x} and ABI version {ident[8]}: not a known pair")
     headers = [_SECTION.unpack_from(data, section_at + i * _SECTION.size) for i in range(count)]
     names = _body(data, headers[names_index])
     sections = {_text(names, h[0]): _body(data, h) for h in headers if h[1] != _SHT_NOBITS}

@@ -39,9 +39,9 @@ from .configs import Specialization
 
 NAME = "machete-aot"
 COMPUTE_CAPABILITY = (9, 0)
-MIN_DRIVER = 13000  # cubins of CUDA 13 have ELF ABI 8, which drivers before 13.0 do not read
+MIN_DRIVER = 12000  # driver 525: the first that loads any cubin of ptxas 12.x, and that has cuLibraryLoadData
 LEVEL = 19
-DICTIONARY_CUBINS = 4
+DICTIONARY_CUBINS = 12
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Release:
-    """Everything of the manifest that does not follow from the cubins."""
+    """Everything of the manifest that does not follow from the cubins. ``served``: schedules and their types."""
 
     version: str
     arch: str
     toolchain: Toolchain
     source_digest: str
-    schedules: tuple[ScheduleConfig, ...]
+    served: tuple[tuple[TypeConfig, ScheduleConfig], ...]
     heuristic: Heuristic
 
 
@@ -85,9 +85,7 @@ def write_bundle(products: Sequence[Product], release: Release) -> tuple[bytes, 
             spans[0].offset, spans[0].length, spans[0].sha256, raw_size=len(raw), raw_sha256=_sha256(raw)
         ),
         kernels=tuple(_kernel(p, span) for p, span in zip(products, spans[1:], strict=True)),
-        schedules=tuple(
-            ScheduleInfo(s.name, s.tile.name, s.split, s.even_ctas, s.shared_memory) for s in release.schedules
-        ),
+        schedules=_schedules(served(products, release.served)),
         heuristic=release.heuristic,
     )
     text = dump_manifest(manifest)
@@ -101,9 +99,19 @@ def build_dictionary(cubins: Mapping[str, bytes]) -> bytes:
     return b"".join(cubins[ids[(2 * i + 1) * len(ids) // (2 * count)]] for i in range(count))
 
 
-def served(products: Sequence[Product], schedules: Sequence[ScheduleConfig]) -> list[tuple[TypeConfig, ScheduleConfig]]:
-    """Every (types, schedule) that the bundle can run."""
-    return [(p.kernel.types, s) for p in products for s in schedules if s.tile == p.kernel.tile]
+def served(
+    products: Sequence[Product], schedules: Sequence[tuple[TypeConfig, ScheduleConfig]]
+) -> list[tuple[TypeConfig, ScheduleConfig]]:
+    """Those of the (types, schedule) that a bundle of these kernels can run."""
+    kernels = {(p.kernel.types, p.kernel.tile) for p in products}
+    return [(types, schedule) for types, schedule in schedules if (types, schedule.tile) in kernels]
+
+
+def _schedules(served: Sequence[tuple[TypeConfig, ScheduleConfig]]) -> tuple[ScheduleInfo, ...]:
+    names: dict[ScheduleConfig, list[str]] = {}
+    for types, schedule in served:
+        names.setdefault(schedule, []).append(types.name)
+    return tuple(ScheduleInfo(s.name, s.tile.name, s.split, s.even_ctas, tuple(found)) for s, found in names.items())
 
 
 def _kernel(product: Product, frame: FrameInfo) -> KernelInfo:

@@ -13,13 +13,13 @@ from machete_aot.manifest import Toolchain
 from machete_aot.publish import publish
 from machete_aot.version import __version__
 
-from .catalogue import ARCH, schedules, specializations
+from .catalogue import ARCH, specializations, typed_schedules
 from .check import Report
 from .heuristic import fitted_to, read_heuristic
 from .pack import NAME, Product, Release, served, write_bundle
 from .paths import BUILD, DATA, MANIFESTS
 from .sources import source_digest
-from .toolchain import CUDA_VERSION, CUTLASS_VERSION, FLAGS
+from .toolchain import CUDA_VERSION, CUTLASS_VERSION, FLAGS, PTXAS_VERSION
 
 BUNDLE_FILE = f"{NAME}-{ARCH}.zip"
 
@@ -31,7 +31,7 @@ def manifest_path(folder: Path = MANIFESTS) -> Path:
 
 def toolchain() -> Toolchain:
     """What the kernels of this checkout are compiled with, as the manifest records it."""
-    return Toolchain(CUDA_VERSION, CUDA_VERSION, CUTLASS_VERSION, FLAGS)
+    return Toolchain(CUDA_VERSION, PTXAS_VERSION, CUTLASS_VERSION, FLAGS)
 
 
 def release(
@@ -47,9 +47,9 @@ def release(
     Raises BuildError where a schedule has no coefficients, unless ``allow_unfitted``.
     """
     products = [Product(k, reports[k.id], (folder / f"{k.id}.cubin").read_bytes()) for k in specializations()]
-    heuristic = fitted_to(read_heuristic(), served(products, schedules()), allow_unfitted=allow_unfitted)
+    heuristic = fitted_to(read_heuristic(), served(products, typed_schedules()), allow_unfitted=allow_unfitted)
     bundle, manifest = write_bundle(
-        products, Release(__version__, ARCH, toolchain(), source_digest(), schedules(), heuristic)
+        products, Release(__version__, ARCH, toolchain(), source_digest(), typed_schedules(), heuristic)
     )
     data.mkdir(parents=True, exist_ok=True)
     manifests.mkdir(parents=True, exist_ok=True)

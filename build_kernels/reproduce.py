@@ -13,6 +13,7 @@ from machete_aot.bundle import Bundle
 from .catalogue import specializations
 from .compile import compile_kernels
 from .errors import BuildError
+from .release import toolchain
 from .sources import source_digest
 
 
@@ -28,6 +29,8 @@ def reproduce(
     manifest = bundle.manifest
     catalogue = {k.id: k for k in specializations()}
     problems = []
+    if manifest.toolchain != toolchain():
+        problems.append(f"compiled with {manifest.toolchain}, this checkout wants {toolchain()}")
     have = source_digest()
     if have != manifest.provenance.source_digest:
         problems.append(f"source digest {have}, the bundle was built from {manifest.provenance.source_digest}")

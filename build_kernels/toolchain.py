@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the compiler, the disassembler and the CUTLASS headers, and insists on their versions.
+"""Finds the compiler, the assembler, the disassembler and the CUTLASS headers, and insists on their versions.
 
-The bundle's digests hold for exactly one toolchain, so another version is an error and not a warning.
+The bundle's digests hold for exactly one toolchain, so another version is an error and not a warning. The assembler is
+older than the compiler: drivers before CUDA 13 do not load what ptxas 13 makes, see docs/building.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -18,9 +20,11 @@ from pathlib import Path
 
 from .errors import ToolchainError
 
-CUDA_VERSION = "13.0.88"
+CUDA_VERSION = "13.0.88"  # of nvcc
+PTXAS_VERSION = "12.9.86"  # the newest whose cubins have ELF ABI 7, which every driver from CUDA 12.0 up loads
 CUTLASS_VERSION = "4.2.0"
 NVCC_VARIABLE = "MACHETE_AOT_NVCC"
+PTXAS_VARIABLE = "MACHETE_AOT_PTXAS"
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=compute_90a", "-DNDEBUG")
 PTXAS_FLAGS = ("-arch=sm_90a", "-v", "-O3", "--warn-on-spills")
@@ -40,13 +44,11 @@ class Tools:
 
 @cache
 def find_tools() -> Tools:
-    """The toolchain: nvcc from MACHETE_AOT_NVCC, else the wheel, else PATH. Raises ToolchainError."""
-    nvcc = _find_nvcc()
-    ptxas = nvcc.with_name("ptxas")
-    if not ptxas.is_file():
-        raise ToolchainError(f"no ptxas beside {nvcc}; {_INSTALL}")
-    for tool in (nvcc, ptxas):
-        _check_version(tool)
+    """The toolchain. nvcc and ptxas are those that MACHETE_AOT_NVCC and MACHETE_AOT_PTXAS name, else the first of the
+    right version in the wheels and PATH. Raises ToolchainError.
+    """
+    nvcc = _find("nvcc", CUDA_VERSION, NVCC_VARIABLE)
+    ptxas = _find("ptxas", PTXAS_VERSION, PTXAS_VARIABLE)
     return Tools(nvcc, ptxas, _find_cutlass())
 
 
@@ -58,30 +60,43 @@ def find_disassembler() -> Path:
     raise ToolchainError("nvdisasm is needed to check the kernels and was not found; pip install nvidia-cuda-nvdisasm")
 
 
-def _find_nvcc() -> Path:
-    if chosen := os.environ.get(NVCC_VARIABLE):
+def _find(name: str, wanted: str, variable: str) -> Path:
+    if chosen := os.environ.get(variable):
         if not Path(chosen).is_file():
-            raise ToolchainError(f"{NVCC_VARIABLE} names {chosen}, which is no file; unset it or name an nvcc")
-        return Path(chosen).absolute()
-    for path in (*_wheel_binaries("nvcc"), shutil.which("nvcc")):
-        if path:
-            return Path(path).absolute()
-    raise ToolchainError(f"nvcc {CUDA_VERSION} was not found in {NVCC_VARIABLE}, site-packages or PATH; {_INSTALL}")
+            raise ToolchainError(f"{variable} names {chosen}, which is no file; unset it or name {name} {wanted}")
+        candidates = [Path(chosen)]
+    else:
+        on_path = shutil.which(name)
+        candidates = [*_wheel_binaries(name), *([Path(on_path)] if on_path else [])]
+    versions = {path.absolute(): _version(path) for path in candidates}
+    for path, version in versions.items():
+        if version == wanted:
+            return path
+    if not versions:
+        raise ToolchainError(f"{name} {wanted} was not found in {variable}, site-packages or PATH; {_INSTALL}")
+    found = " and ".join(f"{path} has version {version}" for path, version in versions.items())
+    raise ToolchainError(f"{found}, wanted {wanted}; {_INSTALL}, or set {variable}")
 
 
 def _wheel_binaries(name: str) -> Iterator[Path]:
     """Programs of NVIDIA's wheels, which all install into the namespace package ``nvidia``."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        yield from (p for p in sorted(Path(folder).glob(f"*/bin/{name}"), reverse=True) if os.access(p, os.X_OK))
+        for path in sorted(Path(folder).glob(f"*/bin/{name}"), reverse=True):
+            if not os.access(path, os.X_OK):  # some ways of unpacking a wheel lose the modes of its files
+                with contextlib.suppress(OSError):  # not ours to change: asking for its version says what is wrong
+                    path.chmod(path.stat().st_mode | 0o111)
+            yield path
 
 
-def _check_version(tool: Path) -> None:
-    result = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
+def _version(tool: Path) -> str:
+    """What the program says of itself, or in brackets why it says nothing."""
+    try:
+        result = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
+    except OSError as e:
+        return f"none ({e.strerror}; is it executable here?)"
     found = re.search(r"\bV(\d+\.\d+\.\d+)", result.stdout)
-    version = found[1] if found else f"none (exit status {result.returncode}: {result.stderr.strip()[:200]})"
-    if version != CUDA_VERSION:
-        raise ToolchainError(f"{tool} has version {version}, wanted {CUDA_VERSION}; {_INSTALL}, or set {NVCC_VARIABLE}")
+    return found[1] if found else f"none (exit status {result.returncode}: {result.stderr.strip()[:200]})"
 
 
 def _find_cutlass() -> Path:

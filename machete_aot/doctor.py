@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import driver
+from . import driver, loader
 from .bundle import Bundle
 from .cache import Cache
 from .config import TypeConfig
@@ -52,6 +52,7 @@ def diagnose(open_bundle: Callable[[], Bundle]) -> dict[str, Any]:
         findings += _guarded("bundle", _bundle, bundle)
         findings += _guarded("sample product", _sample, bundle)
     findings += _guarded("cache", _cache)
+    findings += _guarded("loader", _loader)
     compat = bundle.manifest.compat if bundle else None
     platform_findings = [*_guarded("driver", _driver, compat), *_guarded("devices", _devices, compat)]
     findings += platform_findings
@@ -136,10 +137,10 @@ def _driver(compat: Compat | None) -> Iterator[Finding]:
     except DeviceError as error:
         yield Finding("driver", WARN, str(error))
         return
-    found = f"supports CUDA {driver.version_text(version)}"
+    found = f"supports {driver.release_text(version)}"
     if compat and version < compat.min_driver:
-        wanted = driver.version_text(compat.min_driver)
-        action = f"upgrade to a driver for CUDA {wanted} or newer"
+        wanted = driver.release_text(compat.min_driver)
+        action = f"upgrade to a driver for {wanted} or newer"
         yield Finding("driver", FAIL, f"{found}, the kernels need {wanted}", action)
     else:
         yield Finding("driver", OK, found)
@@ -166,6 +167,11 @@ def _device(index: int, compat: Compat | None) -> Iterator[Finding]:
         yield Finding(f"device {index}", WARN, f"{found}: not usable", f"the kernels need compute capability {wanted}")
     else:
         yield Finding(f"device {index}", OK, f"{found}: usable" if compat else found)
+
+
+def _loader() -> Iterator[Finding]:
+    """Both ways give the same results; the library takes less of the host's time."""
+    yield Finding("loader", OK, loader.status()[1])
 
 
 def _cache() -> Iterator[Finding]:

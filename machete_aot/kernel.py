@@ -14,7 +14,7 @@ from typing import Any
 
 from . import abi, driver
 from .bundle import Bundle
-from .driver import Device, version_text
+from .driver import Device, release_text
 from .errors import CaptureError, DeviceError, DriverCallError, IncompatibleError
 from .manifest import KernelInfo, Manifest
 
@@ -108,9 +108,9 @@ def check_device(manifest: Manifest, device: Device) -> None:
     have_driver, want_driver = driver.driver_version(), manifest.compat.min_driver
     if have_driver < want_driver:
         raise DeviceError(
-            f"the kernels of bundle {manifest.bundle.arch} {manifest.bundle.version} need a driver for CUDA "
-            f"{version_text(want_driver)} or newer, but this one supports CUDA {version_text(have_driver)}; upgrade "
-            "the driver"
+            f"the kernels of bundle {manifest.bundle.arch} {manifest.bundle.version} need a driver for "
+            f"{release_text(want_driver)} or newer, but this one supports {release_text(have_driver)}; upgrade the "
+            "driver"
         )
 
 
@@ -148,7 +148,7 @@ def _make_ready(kernel: Any, info: KernelInfo, device: Device) -> Any:
 
 
 def _check_parameters(kernel: Any, info: KernelInfo) -> None:
-    """Compares the compiled parameters with what ``launch`` passes. Drivers before 550 cannot tell.
+    """Compares the compiled parameters with what ``launch`` passes. Drivers before CUDA 12.4 (550) cannot tell.
 
     The driver counts from where its parameter area starts, which is not where the first parameter lies when that one is
     aligned to 128 bytes (an H100's driver 580 reports offsets 112 and 240), so offsets count from the first parameter.

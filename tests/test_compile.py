@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from build_kernels import toolchain
+from build_kernels import check, toolchain
 from build_kernels.check import (
+    ELF_ABI,
     Report,
     check_kernel,
     check_kernels,
@@ -21,7 +23,7 @@ from build_kernels.configs import Specialization
 from build_kernels.elf import read_cubin
 from build_kernels.errors import BuildError, ToolchainError
 from build_kernels.paths import KERNELS, ROOT
-from build_kernels.prune import prune
+from build_kernels.ptx import NVCC_PTX_VERSION, PTXAS_PTX_VERSION, lower_version, prune
 from machete_aot.abi import PARAMETERS
 from machete_aot.config import TileConfig
 from small_bundle import TYPES, cubin_like
@@ -55,6 +57,19 @@ def test_path_dependent_names_that_stay_are_errors() -> None:
         prune(_PTX.replace("[used]", "[_ZN34_INTERNAL_330352a4_4_k_cu_1a7443ba5beginE]"))
     with pytest.raises(ValueError, match="line information"):
         prune(_PTX + '.file 1 "/home/me/k.cu"\n')
+
+
+def test_the_version_of_the_ptx_is_lowered() -> None:
+    lowered = lower_version(_PTX)
+    assert lowered == _PTX.replace(".version 9.0\n", ".version 8.8\n") != _PTX
+    for wrong, found in (
+        (_PTX.replace("9.0", "9.1"), "states version 9.1"),
+        (lowered, "states version 8.8"),
+        (_PTX.replace(".version", "//"), "states version none"),
+        (_PTX + ".version 9.0\n", "states version 9.0 and 9.0"),
+    ):
+        with pytest.raises(ValueError, match=f"{found}, wanted 9.0 from nvcc"):
+            lower_version(wrong)
 
 
 _LOG = """\
@@ -114,11 +129,36 @@ def test_a_good_kernel_passes(good: Path) -> None:
     assert problems == []
     cubin = read_cubin((good / f"{KERNEL.id}.cubin").read_bytes())
     assert cubin.entries == (KERNEL.symbol,)
-    assert (cubin.abi, cubin.parameters, cubin.max_threads, cubin.frame) == (8, PARAMETERS, 320, 0)
+    assert (cubin.abi, cubin.parameters, cubin.max_threads, cubin.frame) == (ELF_ABI, PARAMETERS, 320, 0)
     assert report == Report(cubin.registers, 0, 0)
     assert 8 <= report.registers <= 96
     assert disassemble(good / f"{KERNEL.id}.cubin").matrix_shapes == ("64x8x16",)
     assert check_kernels([KERNEL], good) == {KERNEL.id: report}
+
+
+def test_the_elf_header_is_what_drivers_from_cuda_12_up_load(good: Path) -> None:
+    data = (good / f"{KERNEL.id}.cubin").read_bytes()
+    assert (data[7], data[8]) == (0x33, ELF_ABI) == (0x33, 7)
+
+
+def test_another_elf_abi_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "read_cubin", lambda data: replace(read_cubin(data), abi=8))
+    assert check_kernel(KERNEL, good)[1] == ["ELF ABI 8, wanted 7"]
+
+
+def test_the_bytes_of_the_abi_belong_together(good: Path) -> None:
+    data = bytearray((good / f"{KERNEL.id}.cubin").read_bytes())
+    for os_abi, version in ((0x33, 8), (0x41, 7), (0x33, 6)):
+        data[7:9] = os_abi, version
+        with pytest.raises(ValueError, match=f"OS ABI {os_abi:#x} and ABI version {version}: not a known pair"):
+            read_cubin(bytes(data))
+    data[7:9] = 0x41, 8  # as ptxas 13 writes
+    assert read_cubin(bytes(data)).abi == 8
+
+
+def test_the_compiler_states_one_version_of_ptx_and_the_assembler_reads_another(good: Path) -> None:
+    for suffix, version in ((".raw.ptx", NVCC_PTX_VERSION), (".ptx", PTXAS_PTX_VERSION)):
+        assert f"\n.version {version}\n" in (good / f"{KERNEL.id}{suffix}").read_text()
 
 
 def test_headers_leave_nothing_behind(good: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from machete_aot import doctor
+from machete_aot import doctor, driver
 from machete_aot.bundle import Bundle
 from machete_aot.cache import Cache, manifest_name
 from machete_aot.errors import MissingError
@@ -50,7 +50,7 @@ def finding(report: dict[str, Any], check: str) -> dict[str, str]:
 def test_a_hopper_with_a_new_driver_is_usable() -> None:
     status, report = on_stub("")
     assert (status, report["ok"], report["gpu"]) == (0, True, True)
-    assert finding(report, "driver")["detail"] == "supports CUDA 13.0"
+    assert finding(report, "driver")["detail"] == "supports CUDA 13.0 (driver 580)"
     assert "9.0, 132 multiprocessors: usable" in finding(report, "device 0")["detail"]
 
 
@@ -62,10 +62,23 @@ def test_another_gpu_is_a_warning() -> None:
 
 
 def test_an_old_driver_is_a_failure() -> None:
-    status, report = on_stub("driver=12040")
+    wanted = driver.release_text(fetch_bundle().manifest.compat.min_driver)
+    status, report = on_stub("driver=11080")
     assert (status, report["ok"], report["gpu"]) == (1, False, False)
     found = finding(report, "driver")
-    assert found["status"] == "fail" and "12.4" in found["detail"] and "13.0" in found["action"]
+    assert found["status"] == "fail" and "CUDA 11.8 (driver 520)" in found["detail"] and wanted in found["action"]
+
+
+def test_the_oldest_driver_that_loads_the_kernels_is_usable() -> None:
+    oldest = fetch_bundle().manifest.compat.min_driver
+    status, report = on_stub(f"driver={oldest}")
+    assert (status, report["ok"], report["gpu"]) == (0, True, True)
+    assert finding(report, "driver") == {
+        "check": "driver",
+        "status": "ok",
+        "detail": f"supports {driver.release_text(oldest)}",
+        "action": "",
+    }
 
 
 def test_every_device_has_its_line() -> None:

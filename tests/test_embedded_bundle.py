@@ -13,15 +13,18 @@ import pytest
 
 from build_kernels import catalogue_page
 from build_kernels.catalogue import schedules, specializations
+from build_kernels.check import ELF_ABI
+from build_kernels.elf import read_cubin
 from build_kernels.errors import BuildError, ToolchainError
+from build_kernels.pack import COMPUTE_CAPABILITY, MIN_DRIVER
 from build_kernels.paths import MANIFESTS
-from build_kernels.release import manifest_path
+from build_kernels.release import manifest_path, toolchain
 from build_kernels.reproduce import reproduce
 from build_kernels.sources import source_digest
-from build_kernels.toolchain import FLAGS, find_tools
+from build_kernels.toolchain import find_tools
 from machete_aot.bundle import Bundle, MemoryData
 from machete_aot.fetch import fetch_bundle, pins
-from machete_aot.manifest import dump_manifest
+from machete_aot.manifest import Compat, dump_manifest
 from machete_aot.record import check_record
 from machete_aot.version import __version__
 
@@ -48,18 +51,24 @@ def test_the_pin_the_copy_in_manifests_and_the_bundle_agree(bundle: Bundle) -> N
 
 def test_it_was_built_from_these_sources(bundle: Bundle) -> None:
     assert bundle.manifest.provenance.source_digest == source_digest(), "run `python -m build_kernels`"
-    assert bundle.manifest.toolchain.flags == FLAGS
+    assert bundle.manifest.toolchain == toolchain()
     assert [k.id for k in bundle.manifest.kernels] == [k.id for k in specializations()]
     assert [s.name for s in bundle.manifest.schedules] == [s.name for s in schedules()]
+
+
+def test_the_cubins_have_the_elf_abi_that_the_manifest_states(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert {read_cubin(bundle.cubin(k.id)).abi for k in manifest.kernels} == {manifest.compat.elf_abi}
+    assert manifest.compat == Compat(COMPUTE_CAPABILITY, MIN_DRIVER, ELF_ABI), "run `python -m build_kernels`"
 
 
 def test_kernels_are_without_spills_and_schedules_with_coefficients(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert {k.spills for k in manifest.kernels} == {0}
     assert manifest.heuristic.tables
-    for table in manifest.heuristic.tables:
-        for types in manifest.types:
-            assert set(table.coefficients.get(types.name, {})) == {s.name for s in manifest.schedules_for(types)}
+    for types in manifest.types:
+        tables = [table.coefficients.get(types.name, {}) for table in manifest.heuristic.tables]
+        assert set().union(*tables) == {s.name for s in manifest.schedules_for(types)}, "built with --allow-unfitted"
 
 
 def test_the_page_of_the_catalogue_is_current(bundle: Bundle) -> None:
@@ -71,15 +80,27 @@ def test_the_page_of_the_catalogue_shows_what_the_manifest_says(bundle: Bundle, 
     text = catalogue_page.render_page(bundle)
     for kernel in manifest.kernels:
         assert f"`{kernel.tile.name}` |" in text and f"{kernel.cubin.size:,} |" in text
-    for line in (text for text in text.splitlines() if text.startswith(("| `stream", "| `flat"))):
-        name = line.split("`")[1]
-        kernels = [k for k in manifest.kernels if k.tile.name == name]
-        numbers = [cell.strip() for cell in line.split("|")[2:-1]]
-        if len(numbers) == 2 * len(kernels):
-            assert numbers == [f"{n:,}" for k in kernels for n in (k.frame.length, k.cubin.size)]
-        else:
-            endings = [s.name.removeprefix(name) for s in manifest.schedules if s.tile == name]
-            assert numbers[7:] == [*(str(k.registers) for k in kernels), " ".join(f"`{e}`" for e in endings)]
+    head: list[str] = []  # of the table that a line is in
+    seen = set()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells[:1] == ["tile"]:
+            head = cells
+        if not line.startswith(("| `stream", "| `flat")):
+            continue
+        name = cells[0].strip("`")
+        types = list(dict.fromkeys(cell.split("`")[1] for cell in head if "`" in cell))
+        kernels = [manifest.kernel(f"{t}__{name}") for t in types]
+        if head[1].startswith("frame"):
+            assert cells[1:] == [f"{n:,}" for k in kernels for n in (k.frame.length, k.cubin.size)]
+            continue
+        seen.update(k.id for k in kernels)
+        for kernel in kernels:
+            endings = [s.name.removeprefix(name) for s in manifest.schedules_of(kernel)]
+            shared = max(kernel.tile.shared_memory(s.split, kernel.types) for s in manifest.schedules_of(kernel))
+            assert cells[7] == f"{shared:,}" and cells[-1] == " ".join(f"`{e}`" for e in endings)
+        assert cells[8:-1] == [str(k.registers) for k in kernels]
+    assert seen == {k.id for k in manifest.kernels}
     page = tmp_path / "catalogue.md"
     with pytest.raises(BuildError, match="out of date"):
         catalogue_page.check_page(bundle, page)

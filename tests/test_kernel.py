@@ -104,13 +104,27 @@ def test_newer_compute_capability_is_also_wrong(stub: Stub) -> None:
 
 @stubbed
 def test_old_driver(stub: Stub) -> None:
-    stub.set(driver=12080)
-    with pytest.raises(DeviceError, match=r"driver for CUDA 13\.0 or newer, but this one supports CUDA 12\.8; upgrade"):
+    stub.set(driver=11080)
+    wanted = r"driver for CUDA 12\.0 \(driver 525\) or newer, but this one supports CUDA 11\.8 \(driver 520\); upgrade"
+    with pytest.raises(DeviceError, match=wanted) as e:
         run()
-    assert stub.calls("cuLibraryLoadData") == 0
-    stub.set(driver=13000)
+    assert not isinstance(e.value, DriverCallError)
+    assert stub.calls("cuKernelSetAttribute") == stub.calls("cuLaunchKernelEx") == 0
+
+
+@stubbed
+def test_the_oldest_driver(stub: Stub) -> None:
+    stub.set(driver=12000)
     run()
     assert len(stub.launches) == 1
+    assert stub.calls("cuKernelGetParamInfo") == 0  # it came with CUDA 12.4
+
+
+@stubbed
+def test_parameters_are_compared_from_cuda_12_4_up(stub: Stub) -> None:
+    stub.set(driver=12040)
+    run()
+    assert stub.calls("cuKernelGetParamInfo") == len(abi.PARAMETERS) + 1
 
 
 @stubbed
@@ -280,6 +294,8 @@ def test_versions_and_devices(stub: Stub) -> None:
     stub.set(driver=13020, devices=2)
     assert driver.driver_version() == 13020
     assert driver.version_text(13020) == "13.2"
+    assert driver.release_text(13020) == "CUDA 13.2 (driver 595)"
+    assert driver.release_text(99090) == "CUDA 99.9"
     assert driver.device_count() == 2
     device = driver.device(1)
     assert (device.name, device.capability, device.sms, device.shared_memory) == ("Stub 1", (9, 0), 132, 227 * 1024)

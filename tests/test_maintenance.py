@@ -213,7 +213,7 @@ def test_two_shards_make_the_bundle_of_one_build(tmp_path: Path, monkeypatch: py
         pytest.skip(str(e))
     kernels = tuple(Specialization(types, KERNELS[-1].tile, (1,)) for types in TYPES)
     monkeypatch.setattr(release_module, "specializations", lambda: kernels)
-    monkeypatch.setattr(release_module, "schedules", lambda: SCHEDULES[:1])
+    monkeypatch.setattr(release_module, "typed_schedules", lambda: tuple((t, SCHEDULES[0]) for t in TYPES))
     monkeypatch.setattr(commands, "specializations", lambda: kernels)
 
     def compile_here(chosen: tuple[Specialization, ...], *, jobs: int | None) -> None:
@@ -259,13 +259,14 @@ def test_estimates() -> None:
 
 
 def test_the_table_of_a_plan() -> None:
-    head, *lines = plan.table(KERNELS, SCHEDULES).splitlines()
+    head, *lines = plan.table(KERNELS, ImplConfig(TYPES, SCHEDULES).typed_schedules).splitlines()
     assert head.split() == ["kernel", "threads", "shared", "memory", "schedules"]
     assert [line.split()[0] for line in lines] == [k.id for k in KERNELS]
     stream = KERNELS[[k.tile.family for k in KERNELS].index("stream")]
     (line,) = [text for text in lines if text.startswith(stream.id)]
-    assert line.split()[1:] == ["320", f"{stream.tile.shared_memory(2):,}", "x1", "x2"]
-    assert stream.tile.shared_memory(2) > stream.tile.shared_memory(1)
+    one, two = (stream.tile.shared_memory(split, stream.types) for split in (1, 2))
+    assert line.split()[1:] == ["320", f"{two:,}", "x1", "x2"]
+    assert two > one
 
 
 def test_a_plan_follows_what_was_built(tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def changed_bundle(folder: Path) -> Path:
 def fitting(kept: list[Product], schedules: tuple[ScheduleConfig, ...] = SCHEDULES) -> Release:
     """The small release with coefficients for these kernels alone."""
     made = small_release(schedules)
-    return dataclasses.replace(made, heuristic=fitted_to(made.heuristic, served(kept, schedules)))
+    return dataclasses.replace(made, heuristic=fitted_to(made.heuristic, served(kept, made.served)))
 
 
 @pytest.fixture
@@ -367,7 +368,8 @@ def test_what_differs_between_two_bundles(small: Path, tmp_path: Path, capsys: p
     gone, changed = (p.kernel.id for p in products()[:2])
     found = diff.compare(diff.open_named(str(small)), diff.open_named(str(other)), tmp_path)
     assert found.kernels == diff.Changes((), (gone,), (changed,))
-    assert found.schedules == diff.Changes((), (SCHEDULES[-1].name,), ())
+    fewer_types = tuple(s.name for s in SCHEDULES if s.tile == products()[0].kernel.tile)
+    assert found.schedules == diff.Changes((), (SCHEDULES[-1].name,), fewer_types)
     assert len(found.heuristic.changed) == 1 and found.other == ("bundle",)
     assert not found.identical and found.records == ()
     back = diff.compare(found.new, found.old, tmp_path)
@@ -444,7 +446,7 @@ def test_a_bundle_of_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bundle_of_an_older_schema_is_named_as_such(tmp_path: Path) -> None:
-    text = small_bundle()[1].replace(b'"schema": 2', b'"schema": 1')
+    text = small_bundle()[1].replace(b'"schema": 3', b'"schema": 1')
     path = tmp_path / "old.zip"
     path.write_bytes(rewritten(text)[0])
     with pytest.raises(BuildError, match=f"schema 1, where this checkout reads {SCHEMA}"):

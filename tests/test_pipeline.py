@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,11 +39,10 @@ from build_kernels.reproduce import choose
 from build_kernels.sources import source_digest, source_files
 from machete_aot.abi import ABI_VERSION, OFFSETS, SIZE
 from machete_aot.bundle import open_bundle
-from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
+from machete_aot.config import PRODUCTS, ScheduleConfig, TileConfig, TypeConfig
 from machete_aot.manifest import Heuristic, parse_manifest
-from machete_aot.part import H100
 from machete_aot.selection import COEFFICIENTS
-from small_bundle import SCHEDULES, TYPES, cubin_like, heuristic_table, products
+from small_bundle import TYPES, cubin_like, heuristic_table, products
 from small_bundle import release as small_release
 
 STREAM = TileConfig("stream", 1, 2, 1, 2, 8, 8, 2)
@@ -59,8 +61,59 @@ def test_catalogue_ids_are_unique_and_are_c_identifiers() -> None:
 def test_catalogue_schedules_are_unique_and_have_a_form_without_clusters() -> None:
     schedules = catalogue.schedules()
     assert len({s.name for s in schedules}) == len(schedules) >= 6
-    assert {s.tile for s in schedules if s.split <= 1} == {s.tile for s in schedules}
+    alone = {s.tile for s in schedules if s.split <= 1 and s.tile.cluster == 1}
+    assert {replace(s.tile, cluster=1) for s in schedules} == alone
     assert {k.tile for k in catalogue.specializations()} == {s.tile for s in schedules}
+
+
+def test_every_product_that_kernels_could_serve_is_in_the_catalogue() -> None:
+    wanted = {types for product in PRODUCTS for types in product.kernel_types()}
+    assert wanted == set(catalogue.TYPES) == {k.types for k in catalogue.specializations()}
+    assert {k.cpp_types for k in catalogue.specializations()} == {
+        f"machete::{name}"
+        for name in (
+            *("Bf16U4b8", "Fp16U4b8", "Bf16U4Float", "Bf16U4Int", "Bf16U8Float", "Bf16U8Int"),
+            *("Fp16U4Any", "Fp16U8Any"),
+        )
+    }
+
+
+def test_types_that_share_a_tile_keep_their_own_schedules() -> None:
+    by_types = {types: {s for t, s in catalogue.typed_schedules() if t == types} for types in catalogue.TYPES}
+    tile = TileConfig("stream", 2, 1, 1, 2, 128, 4, 1)
+    for types, splits in ((catalogue.SYMMETRIC[0], {1, 2, 4}), (catalogue.GENERAL_4[0], {1, 2})):
+        assert {s.split for s in by_types[types] if s.tile == tile} == splits
+    for group in (catalogue.SYMMETRIC, catalogue.GENERAL_4, catalogue.GENERAL_8):
+        assert len({frozenset(by_types[types]) for types in group}) == 1
+    assert {s for _, s in catalogue.typed_schedules()} == set(catalogue.schedules())
+
+
+@pytest.mark.parametrize("kernel", catalogue.specializations(), ids=lambda k: k.id)
+def test_catalogue_tiles_are_such_as_the_headers_take(kernel: Specialization) -> None:
+    """What ring.cuh and flat_gemm.cuh assert, so that it is known before they are compiled."""
+    tile = kernel.tile
+    assert tile.units * tile.blocks % 2 == 0  # two sets of fragments alternate
+    if 0 in kernel.splits:  # a 16-byte vector of each consumer's sums fits into a stage's activations
+        assert 32 * 4 * tile.row_warpgroups * 16 <= tile.step_units * tile.tokens * 128
+
+
+@pytest.mark.parametrize(
+    ("types", "unit_bytes", "aux"),
+    [("bf16_u4b8", 2048, 2), ("bf16_u4_float", 2048, 8), ("bf16_u8_int", 4096, 8), ("fp16_u8_any", 4096, 8)],
+)
+def test_storage_of_a_tile(types: str, unit_bytes: int, aux: int) -> None:
+    """By hand: 3 stages of 4 units of 128 rows and 16 tokens; ``aux`` bytes a row and unit for scales and zeros."""
+    (config,) = (t for t in catalogue.TYPES if t.name == types)
+    tile = TileConfig("stream", 2, 1, 1, 4, 16, 3, 2)
+    ring = 3 * (4 * 16 * 128 + 4 * 2 * unit_bytes + 4 * 128 * aux)
+    assert tile.barriers_at(config) == ring
+    assert tile.shared_memory(1, config) == ring + 128  # 7 barriers of 8 bytes, in whole 128
+    slab = 16 * 16 * 4
+    assert tile.shared_memory(2, config) == ring + 128 + 1 * 4 * slab  # half of 8 slabs from one other worker
+    assert tile.shared_memory(4, config) == ring + 128 + 3 * 2 * slab
+    text = render(Specialization(config, tile, (1, 4)))
+    assert f"/*unit_bytes*/ {unit_bytes}, /*aux_rows*/ {1 if aux == 2 else 4}>;" in text
+    assert f"shared_memory<Tile>(4) == {tile.shared_memory(4, config)});" in text
 
 
 @pytest.mark.parametrize("kernel", catalogue.specializations(), ids=lambda k: k.id)
@@ -111,7 +164,7 @@ def test_a_tile_of_three_row_warpgroups() -> None:
     tile = TileConfig("flat", 3, 1, 1, 2, 128, 4, 1)
     kernel = Specialization(TYPES[0], tile, (1, 0))
     assert (tile.name, tile.rows, tile.threads) == ("flat_192x128x128_r3k1_s4c1", 192, 512)
-    assert tile.splits() == kernel.splits
+    assert tile.splits(TYPES[0]) == kernel.splits
     assert list(shared_memory_problems(kernel)) == []
     launched = register_limit(tile.threads, tile.ctas_per_sm)
     for raised, fits in ((152, True), (160, False)):
@@ -121,11 +174,23 @@ def test_a_tile_of_three_row_warpgroups() -> None:
     for fact in ("Tile::THREADS == 512", "Tile::ROWS == 192", "Tile::STEP_UNITS == 2"):
         assert f"static_assert({fact});\n" in text
     for split in kernel.splits:
-        assert f"static_assert(machete::shared_memory<Tile>({split}) == {tile.shared_memory(split)});\n" in text
+        assert (
+            f"static_assert(machete::shared_memory<Tile>({split}) == {tile.shared_memory(split, TYPES[0])});\n" in text
+        )
     even = ScheduleConfig(tile, 0, 1)
     kernels = [Product(Specialization(types, tile, (0,)), Report(launched, 0, 0), b"cubin") for types in TYPES]
     manifest = parse_manifest(write_bundle(kernels, small_release([even]))[1])
     assert manifest.kernel_for(TYPES[0], f"{tile.name}_e1").tile == tile
+
+
+def test_a_tile_of_a_cluster() -> None:
+    tile = TileConfig("flat", 2, 1, 1, 2, 128, 5, 1, cluster=2)
+    assert (tile.name, tile.rows, tile.row_tiles(257)) == ("flat_128x128x128_r2k1_s5c1m2", 128, 2)
+    text = render(Specialization(TYPES[0], tile, (1, 0)))
+    assert "/*aux_rows*/ 1, /*cluster*/ 2>;" in text
+    alone = replace(tile, cluster=1)
+    assert "/*aux_rows*/ 1, /*cluster*/ 1>;" in render(Specialization(TYPES[0], alone, (1, 0)))
+    assert alone.name == "flat_128x128x128_r2k1_s5c1"
 
 
 def test_reading_a_disassembly() -> None:
@@ -145,12 +210,16 @@ def test_generated_source() -> None:
     tile = re.search(r"using Tile = machete::StreamTile<(.*?)>;", text, re.S)
     assert tile and re.findall(r"/\*(\w+)\*/ (\d+)", tile[1]) == [
         *(("row_warpgroups", "1"), ("k_warpgroups", "2"), ("blocks", "1")),
-        *(("units", "2"), ("tokens", "8"), ("stages", "8"), ("ctas_per_sm", "2")),
+        *(("units", "2"), ("tokens", "8"), ("stages", "8"), ("ctas_per_sm", "2"), ("unit_bytes", "2048")),
+        ("aux_rows", "1"),
     ]
     for fact in ("THREADS == 320", "ROWS == 64", "STEP_UNITS == 4"):
         assert f"static_assert(Tile::{fact});\n" in text
     for split in KERNEL.splits:
-        assert f"static_assert(machete::shared_memory<Tile>({split}) == {STREAM.shared_memory(split)});\n" in text
+        assert (
+            f"static_assert(machete::shared_memory<Tile>({split}) == {STREAM.shared_memory(split, TYPES[0])});\n"
+            in text
+        )
     assert f"__launch_bounds__(Tile::THREADS, Tile::CTAS_PER_SM)\n    {KERNEL.symbol}(" in text
     assert "  machete::stream_gemm<Types, Tile>(acts, params);\n" in text
 
@@ -188,7 +257,8 @@ _PROBE = """
 #include <stdio.h>
 #include "gemm_params.h"
 int main(void) {
-  printf("%d %d %d %d\\n", MACHETE_ABI_VERSION, FLAG_ACTS_2D, FLAG_STORE_PAIRS, (int)sizeof(GemmParams));
+  printf("%d %d\\n", MACHETE_ABI_VERSION, (int)sizeof(GemmParams));
+  FLAGS
   FIELDS
   return 0;
 }
@@ -198,13 +268,15 @@ int main(void) {
 @pytest.mark.parametrize("language", ["c", "c++"])
 def test_the_compiled_header_agrees_with_python(tmp_path: Path, language: str) -> None:
     fields = "\n".join(f'printf("%d\\n", (int)offsetof(GemmParams, {name}));' for name in OFFSETS)
+    flags = "\n".join(f'printf("%d\\n", {name});' for name in abi.flags())
     program = tmp_path / "probe"
     abi.write_header(tmp_path / "gemm_params.h")
     command = ["g++", "-x", language, "-Wall", "-Werror", "-", f"-I{tmp_path}", "-o", str(program)]
-    subprocess.run(command, input=_PROBE.replace("FIELDS", fields), text=True, check=True)
-    first, *offsets = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert list(map(int, first.split())) == [ABI_VERSION, 1, 2, SIZE]
-    assert list(map(int, offsets)) == list(OFFSETS.values())
+    probe = _PROBE.replace("FIELDS", fields).replace("FLAGS", flags)
+    subprocess.run(command, input=probe, text=True, check=True)
+    first, *rest = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert list(map(int, first.split())) == [ABI_VERSION, SIZE] == [3, 136]
+    assert list(map(int, rest)) == [1, 2, 4, 8, 16, 32, 64, *OFFSETS.values()]
 
 
 def test_the_header_in_the_tree_is_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,25 +301,82 @@ def fresh_tools() -> Iterator[None]:
 def test_another_version_of_nvcc_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tools: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("nvcc", "ptxas"):
-        (tmp_path / name).write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv(toolchain.NVCC_VARIABLE, str(tmp_path / "nvcc"))
+    monkeypatch.setenv(toolchain.NVCC_VARIABLE, str(fake_tool(tmp_path / "nvcc", "12.4.131")))
     with pytest.raises(ToolchainError, match=r"version 12\.4\.131, wanted 13\.0\.88"):
         toolchain.find_tools()
     assert main(["--only", KERNEL.id]) == 3
     assert "12.4.131" in capsys.readouterr().err
 
 
-def test_a_missing_nvcc_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tools: None) -> None:
-    monkeypatch.setenv(toolchain.NVCC_VARIABLE, str(tmp_path / "nvcc"))
-    with pytest.raises(ToolchainError, match="is no file"):
+@pytest.mark.parametrize("variable", [toolchain.NVCC_VARIABLE, toolchain.PTXAS_VARIABLE])
+def test_a_missing_tool_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tools: None, variable: str
+) -> None:
+    own_tools(tmp_path, monkeypatch)
+    monkeypatch.setenv(variable, str(tmp_path / "nothing"))
+    with pytest.raises(ToolchainError, match=f"{variable} names .*nothing, which is no file"):
+        toolchain.find_tools()
+
+
+def fake_tool(path: Path, version: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho Cuda compilation tools, release 0.0, V{version}\n")
+    path.chmod(0o755)
+    return path
+
+
+def own_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvcc and a ptxas of the right versions, by the variables."""
+    nvcc = fake_tool(folder / "own" / "nvcc", toolchain.CUDA_VERSION)
+    ptxas = fake_tool(folder / "own" / "ptxas", toolchain.PTXAS_VERSION)
+    monkeypatch.setenv(toolchain.NVCC_VARIABLE, str(nvcc))
+    monkeypatch.setenv(toolchain.PTXAS_VARIABLE, str(ptxas))
+
+
+def test_the_variables_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tools: None) -> None:
+    own_tools(tmp_path, monkeypatch)
+    tools = toolchain.find_tools()
+    assert (tools.nvcc, tools.ptxas) == (tmp_path / "own" / "nvcc", tmp_path / "own" / "ptxas")
+    toolchain.find_tools.cache_clear()
+    fake_tool(tools.ptxas, toolchain.CUDA_VERSION)  # the assembler that comes with nvcc is not the one
+    with pytest.raises(
+        ToolchainError, match=r"own/ptxas has version 13\.0\.88, wanted 12\.9\.86; pip .*MACHETE_AOT_PTXAS"
+    ):
+        toolchain.find_tools()
+    tools.ptxas.chmod(0o644)
+    with pytest.raises(ToolchainError, match=r"own/ptxas has version none .*executable.*, wanted 12\.9\.86"):
+        toolchain.find_tools()
+
+
+def test_the_assembler_is_found_among_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tools: None
+) -> None:
+    own_tools(tmp_path, monkeypatch)
+    monkeypatch.delenv(toolchain.PTXAS_VARIABLE)
+    wheels = tmp_path / "site" / "nvidia"
+    newer = fake_tool(wheels / "cu13" / "bin" / "ptxas", toolchain.CUDA_VERSION)
+    wanted = fake_tool(wheels / "cuda_nvcc" / "bin" / "ptxas", toolchain.PTXAS_VERSION)
+    spec = importlib.machinery.ModuleSpec("nvidia", None)
+    spec.submodule_search_locations = [str(wheels)]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "nvidia" else find(name))
+    monkeypatch.setenv("PATH", str(newer.parent))
+    wanted.chmod(0o644)  # as some ways of unpacking a wheel leave it
+    assert toolchain.find_tools().ptxas == wanted
+    assert os.access(wanted, os.X_OK)
+    toolchain.find_tools.cache_clear()
+    wanted.unlink()
+    with pytest.raises(ToolchainError, match=r"cu13/bin/ptxas has version 13\.0\.88, wanted 12\.9\.86"):
+        toolchain.find_tools()
+    toolchain.find_tools.cache_clear()
+    newer.unlink()
+    with pytest.raises(ToolchainError, match=r"ptxas 12\.9\.86 was not found in MACHETE_AOT_PTXAS, .*pip install"):
         toolchain.find_tools()
 
 
 # ---------------------------------------------------------------- release and command line
 
-SERVED = served(products(), SCHEDULES)
+SERVED = served(products(), small_release().served)
 
 
 def fitted(*, without: tuple[str, str] | None = None) -> Heuristic:
@@ -264,7 +393,7 @@ def test_unfitted_schedules_are_listed() -> None:
     partial = fitted(without=missing)
     with pytest.raises(BuildError) as caught:
         fitted_to(partial, SERVED)
-    assert caught.value.problems == (" ".join((H100.name, *missing)),)
+    assert caught.value.problems == (" ".join(missing),)
     assert fitted_to(partial, SERVED, allow_unfitted=True) == partial
     other: list[tuple[TypeConfig, ScheduleConfig]] = SERVED[:1]
     assert list(fitted_to(fitted(), other).tables[0].coefficients) == [SERVED[0][0].name]
@@ -272,10 +401,12 @@ def test_unfitted_schedules_are_listed() -> None:
         fitted_to(Heuristic(2, ()), SERVED)
     assert caught.value.problems == ("any: there is no table",)
     assert fitted_to(Heuristic(2, ()), SERVED, allow_unfitted=True).tables == ()
-    two = Heuristic(2, (*fitted().tables, replace(partial.tables[0], device="other")))
+    one_has_them = Heuristic(2, (*fitted().tables, replace(partial.tables[0], device="other")))
+    assert fitted_to(one_has_them, SERVED) == one_has_them
+    none_has_it = Heuristic(2, (*partial.tables, replace(partial.tables[0], device="other")))
     with pytest.raises(BuildError) as caught:
-        fitted_to(two, SERVED)
-    assert caught.value.problems == (" ".join(("other", *missing)),)
+        fitted_to(none_has_it, SERVED)
+    assert caught.value.problems == (" ".join(missing),)
 
 
 def test_reading_the_heuristic(tmp_path: Path) -> None:
@@ -313,9 +444,10 @@ def test_release_writes_a_bundle_that_its_pin_opens(tmp_path: Path) -> None:
     assert hashlib.sha256(manifest.read_bytes()).hexdigest() == pin["manifest_sha256"]
     assert bundle.manifest.provenance.source_digest == source_digest()
     assert [k.id for k in bundle.manifest.kernels] == [k.id for k in kernels]
-    assert {s.name: s.shared_memory for s in bundle.manifest.schedules} == {
-        s.name: s.shared_memory for s in catalogue.schedules()
-    }
+    assert [s.name for s in bundle.manifest.schedules] == [s.name for s in catalogue.schedules()]
+    for types in catalogue.TYPES:
+        have = {s.name for s in bundle.manifest.schedules_for(types)}  # types may share a tile and divide K otherwise
+        assert have == {s.name for t, s in catalogue.typed_schedules() if t == types}
     before = path.read_bytes()
     release(reports, tmp_path, allow_unfitted=True, data=data, manifests=manifests)
     assert path.read_bytes() == before
