@@ -10,7 +10,7 @@ PROJECT := $(PIP) --no-build-isolation --editable
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint check bundle docker-check clean
+.PHONY: help demo test gpu-test lint check bundle loader wheels docker-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -19,7 +19,7 @@ demo: $(VENV)/runtime.stamp ## quantise, prepack and multiply; works with and wi
 	$(VENV)/bin/machete-aot demo
 
 test: $(VENV)/test.stamp ## every test that needs no GPU, some kernels compiled anew among them
-	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
 gpu-test: $(VENV)/test.stamp ## the tests that need a Hopper GPU
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
@@ -32,11 +32,18 @@ check: lint test ## lint and test
 bundle: $(VENV)/test.stamp ## compile the kernels and write the embedded bundle, its manifest and its pin
 	$(PY) -m build_kernels
 
+loader: $(VENV)/runtime.stamp ## compile csrc/loader into the package, again after a change
+	$(PY) tools/build_loader.py
+
+wheels: $(VENV)/runtime.stamp ## wheels with the loader for x86-64 and arm64, into dist
+	$(PIP) ziglang
+	$(PY) tools/build_loader.py --wheel dist
+
 docker-check: ## build bundle, manifest and wheel in a container, into dist, and compare them; needs docker or buildah
 	tools/docker_check.sh
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist machete_aot/native *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -51,7 +58,7 @@ $(VENV)/runtime.stamp: pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/runtime.stamp
-	$(PROJECT) '.[build,test]'
+	$(PROJECT) '.[build,models,test]'
 	$(PIP) --no-deps nvidia-cutlass
 	@touch $@
 

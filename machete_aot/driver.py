@@ -36,8 +36,16 @@ _HINTS = {
     222: "the driver is older than the compiler that made the kernel; upgrade the driver",
     803: "the driver's user and kernel parts differ; reboot, or reinstall one of them",
     804: "this GPU does not support the compatibility driver in use; upgrade the driver",
-    912: "the device refuses clusters of that size; choose a schedule whose name ends in _x1",
+    912: "the device refuses clusters of that size; choose a schedule whose name ends in _x1 and has no m2",
 }
+# The driver branch that came with each CUDA version, the lowest that supports it: from the toolkit's release notes,
+# because cuDriverGetVersion tells the CUDA version alone.
+_BRANCHES = {
+    **{11040: 470, 11050: 495, 11060: 510, 11070: 515, 11080: 520},
+    **{12000: 525, 12010: 530, 12020: 535, 12030: 545, 12040: 550, 12050: 555, 12060: 560, 12080: 570, 12090: 575},
+    **{13000: 580, 13010: 590, 13020: 595, 13030: 610},
+}
+_CAPTURED_OVERLAP = 12030  # the first CUDA version whose graphs know programmatic dependent launch
 CAPTURE_IMPLICIT = 906  # the legacy stream was asked about while another stream is being captured
 _DEFAULT_HINT = "CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer finds an earlier failure that may be behind it"
 
@@ -71,6 +79,7 @@ class _State:
         self.lock = threading.Lock()
         self.api: Any = None
         self.devices: dict[int, Device] = {}
+        self.overlap_in_graphs: bool | None = None
 
 
 _state = _State()
@@ -148,6 +157,25 @@ def version_text(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def release_text(version: int) -> str:
+    """A version with the driver branch that came with it: 12000 is "CUDA 12.0 (driver 525)"."""
+    branch = _BRANCHES.get(version // 10 * 10)
+    return f"CUDA {version_text(version)}" + (f" (driver {branch})" if branch else "")
+
+
+def overlap_in_graphs() -> bool:
+    """Whether launches that a CUDA graph captures may have the programmatic attribute: from CUDA 12.3 on."""
+    state = _state
+    if state.overlap_in_graphs is None:
+        state.overlap_in_graphs = driver_version() >= _CAPTURED_OVERLAP
+    return state.overlap_in_graphs
+
+
+def can_overlap(stream: int) -> bool:
+    """Whether a launch on the stream may have the programmatic attribute: before CUDA 12.3 not while it captures."""
+    return overlap_in_graphs() or not is_capturing(stream)
+
+
 def _initialised() -> Any:
     if _bindings is None:
         raise DeviceError(
@@ -157,8 +185,8 @@ def _initialised() -> Any:
         _call(_bindings, "cuInit", 0)
     except MissingFunctionError as error:
         raise DeviceError(
-            f"no usable CUDA driver: {error.__cause__}; install NVIDIA's driver, so that libcuda.so.1 can be loaded "
-            "(in a container: start it with the GPU's driver mounted), or keep the tensors on the CPU"
+            f"no usable CUDA driver: {error.__cause__}; install NVIDIA's driver, 525 or newer, so that libcuda.so.1 "
+            "can be loaded (in a container: start it with the GPU's driver mounted), or keep the tensors on the CPU"
         ) from error.__cause__
     return _bindings
 
@@ -173,6 +201,15 @@ def _call(driver: Any, name: str, *arguments: Any) -> Any:
     if status:
         _check(name, status)
     return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def check(name: str, code: int) -> None:
+    """Raises DriverCallError unless this CUresult of a driver function, called by other means than ``call``, is 0."""
+    try:
+        status = api().CUresult(code)
+    except ValueError:  # of a newer driver
+        status = code
+    _check(name, status)
 
 
 def _check(name: str, status: Any) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import abi, driver, invariance, tensor_map
+from . import abi, driver, invariance, loader, tensor_map
 from .bundle import Bundle
-from .config import UNIT_K, ScheduleConfig, TileConfig, TypeConfig, ceil_div
+from .config import BLOCK_K, ScheduleConfig, TileConfig, TypeConfig, ceil_div
 from .errors import ArgumentError
 from .kernel import LoadedKernel, load_kernel
 from .manifest import KernelInfo, ScheduleInfo
@@ -25,7 +25,8 @@ from .selection import select
 from .tensor_map import TensorMapArgs
 
 MAX_INT32 = 2**31 - 1
-MAX_K = 2**27  # the kernels divide unit numbers in fp32, which is exact below 2^21 units
+MAX_K = 2**27  # the kernels divide numbers of rows of scales in fp32, which is exact below 2^21 of them; a row is 64 k,
+MAX_K_GENERAL = 2**26  # or 32 in the general types
 MAX_GRID_Y = 65535
 
 _tokens = itertools.count(secrets.randbits(64))  # so that chance does not find one in memory that was never cleared
@@ -34,7 +35,9 @@ _tokens = itertools.count(secrets.randbits(64))  # so that chance does not find 
 class Shape(NamedTuple):
     """What a plan depends on. Strides in elements between rows: activations, scales (a multiple of 8) and output.
 
-    ``group``: k that share a scale, a multiple of 64, or at least ``k`` for one group.
+    ``group``: k that share a scale, a multiple of 32, or at least ``k`` for one group. ``zero_stride``: between rows of
+    zeros, a multiple of 16 bytes, 0 where there are none; ``code_zero``: the code of zero then. ``flags``: those of
+    ``abi`` that follow from the call alone, FLAG_INTEGER_ZEROS, FLAG_SWIGLU and one FLAG_OUT_.
     """
 
     m: int
@@ -44,16 +47,22 @@ class Shape(NamedTuple):
     row_stride: int
     scale_stride: int
     out_stride: int
+    zero_stride: int = 0
+    code_zero: int = 0
+    flags: int = 0
 
 
 class Operands(NamedTuple):
-    """Device addresses. ``bias`` 0: none. Activations, weights and scales on 16 bytes."""
+    """Device addresses; 0: none. Activations, weights, scales and zeros on 16 bytes, the fp32 scales on 4."""
 
     acts: int
     weights: int
     scales: int
     bias: int
     out: int
+    zeros: int = 0
+    channel_scales: int = 0
+    token_scales: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,42 +79,51 @@ class LaunchPlan:
     params: dict[str, int]
     pairs: bool
 
+    @functools.cached_property
+    def native(self) -> loader.NativePlan:
+        """The same as the native loader reads it."""
+        return loader.NativePlan(self)
+
 
 def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape: Shape, sms: int) -> LaunchPlan:
     """The launch of a product by this kernel with this schedule of its tile on a device of ``sms`` SMs.
 
     Raises ArgumentError past a limit of the kernels or of the driver.
     """
-    _check_limits(shape)
+    _check_limits(shape, kernel.types)
     m, n, k = shape.m, shape.n, shape.k
+    columns = n // 2 if shape.flags & abi.FLAG_SWIGLU else n
     tile = kernel.tile
     split = tile.effective_split(schedule.split, k)
     shares = even_shares(tile, m, n, k, schedule.even_ctas * sms)
-    acts = tensor_map.activations(m, k, shape.row_stride, tile.tokens, tile.step_units)
+    acts = tensor_map.activations(m, k, shape.row_stride, tile.tokens, tile.step_units // tile.cluster)
+    ctas = shares.clusters * tile.cluster
     return LaunchPlan(
         kernel_id=kernel.id,
-        grid=(shares.ctas, 1, 1) if shares.ctas else _grid(tile, split, m, n, sms),
+        grid=(ctas, 1, 1) if ctas else _grid(tile, split, m, n, sms),
         block=(kernel.threads, 1, 1),
-        cluster=(max(split, 1), 1, 1),
-        shared_memory=tile.shared_memory(split),
-        workspace=tile.workspace(shares.ctas) if shares.tiles else 0,
+        cluster=(max(split, 1) * tile.cluster, 1, 1),  # one of the two is 1
+        shared_memory=tile.shared_memory(split, kernel.types),
+        workspace=tile.workspace(ctas) if shares.tiles else 0,
         acts=acts,
         params={
             "m": m,
             "n": n,
             "k": k,
             "scale_stride": shape.scale_stride,
+            "zero_stride": shape.zero_stride,
             "out_stride": shape.out_stride,
-            "group_units": ceil_div(k, UNIT_K) if shape.group >= k else shape.group // UNIT_K,
-            "flags": abi.FLAG_ACTS_2D if len(acts.dims) == 2 else 0,
-            "row_tiles": ceil_div(n, tile.rows),
+            "group_blocks": ceil_div(k, BLOCK_K) if shape.group >= k else shape.group // BLOCK_K,
+            "code_zero": shape.code_zero,
+            "flags": shape.flags | (abi.FLAG_ACTS_2D if len(acts.dims) == 2 else 0),
+            "row_tiles": tile.row_tiles(n),
             "token_tiles": ceil_div(m, tile.tokens),
             "steps": tile.steps(k),
             "even_tiles": shares.tiles,
             "share_steps": shares.steps,
             "longer_shares": shares.longer,
         },
-        pairs=n % 8 == 0 and shape.out_stride % 2 == 0,
+        pairs=columns % 8 == 0 and shape.out_stride % 2 == 0 and not shape.flags & abi.FLAG_OUT_FP32,
     )
 
 
@@ -120,8 +138,10 @@ def multiply(
     overlap: bool,
     allocate: Callable[[int], int],
     batch_invariant: bool = False,
-) -> None:
+) -> tuple[LaunchPlan, LoadedKernel]:
     """Launches a product: chooses a schedule (None) or takes the named one, loads its kernel where needed.
+
+    Returns what it has launched.
 
     ``allocate(bytes)``: the address, on 16 bytes, of memory that is the launch's own while it runs on the stream.
     ``batch_invariant``: only a schedule with the layer's reduction order. The device's context must be current.
@@ -130,6 +150,7 @@ def multiply(
     plan = _plan(bundle, types, shape, schedule, device_index, batch_invariant)
     kernel = load_kernel(bundle, plan.kernel_id, device_index, stream)
     launch(plan, kernel, operands, allocate(plan.workspace) if plan.workspace else 0, stream, overlap)
+    return plan, kernel
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,7 +195,15 @@ def launch(
     """Launches on a stream (a CUstream's address) of the kernel's device, whose context must be current.
 
     ``overlap``: the kernel may start, and read weights and scales, before earlier kernels of the stream have ended.
+    Goes through the native loader where there is one: the same parameters, the same attributes.
     """
+    native = loader.active()
+    if native is not None:
+        where = (plan.native.address, int(kernel.handle), operands, workspace, stream, 0)
+        code = native.launch(loader.pack_call(*where, overlap))
+        if code:
+            native.fail(code, plan, operands.acts)
+        return
     block = ctypes.create_string_buffer(parameter_bytes(plan, operands, workspace, next(_tokens) % 2**64), abi.SIZE)
     config = driver.api().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid
@@ -198,7 +227,10 @@ def parameter_bytes(plan: LaunchPlan, operands: Operands, workspace: int, token:
     return abi.pack_params(
         weights=operands.weights,
         scales=operands.scales,
+        zeros=operands.zeros,
         bias=operands.bias,
+        channel_scales=operands.channel_scales,
+        token_scales=operands.token_scales,
         out=operands.out,
         workspace=workspace,
         token=token,
@@ -226,32 +258,33 @@ def _attributes(cluster: tuple[int, int, int], overlap: bool) -> list[Any]:
 
 
 class Shares(NamedTuple):
-    """How family "flat" divides its last ``tiles`` tiles evenly among ``ctas`` CTAs; all 0 where none are divided.
+    """How family "flat" divides its last ``tiles`` tiles evenly among ``clusters``; all 0 where none are divided.
 
     Laid end to end their steps of K make shares of ``steps``, and one more in the first ``longer`` ones.
     """
 
-    ctas: int
+    clusters: int
     tiles: int
     steps: int
     longer: int
 
 
 def even_shares(tile: TileConfig, m: int, n: int, k: int, ctas: int) -> Shares:
-    """The shares of an (m, n, k) product, ``ctas`` 0 if its schedule has none.
+    """The shares of an (m, n, k) product on at most ``ctas`` CTAs, 0 if its schedule has none.
 
-    Tiles that fill all CTAs evenly stay whole; the rest and one round more are divided, so that each share is longer
-    than a tile. A tile then lies in two shares at most, the first of which ends with it long after the second began.
+    Tiles that fill all clusters evenly stay whole; the rest and one round more are divided, so that each share is
+    longer than a tile. A tile then lies in two shares at most, the first of which ends with it long after the second
+    began.
     """
-    tiles, steps = ceil_div(n, tile.rows) * ceil_div(m, tile.tokens), tile.steps(k)
     if ctas == 0:
         return Shares(0, 0, 0, 0)
-    if tiles >= ctas:
-        divided = tiles % ctas + ctas if tiles % ctas else 0
+    tiles, steps, clusters = tile.tiles(m, n), tile.steps(k), tile.clusters(ctas)
+    if tiles >= clusters:
+        divided = tiles % clusters + clusters if tiles % clusters else 0
     else:
-        divided, ctas = tiles, min(ctas, tiles * steps)
+        divided, clusters = tiles, min(clusters, tiles * steps)
     _check_tiles(tile, max(tiles, divided * steps), m, n)
-    return Shares(ctas, divided, divided * steps // ctas, divided * steps % ctas)
+    return Shares(clusters, divided, divided * steps // clusters, divided * steps % clusters)
 
 
 def _check_tiles(tile: TileConfig, number: int, m: int, n: int) -> None:
@@ -260,10 +293,11 @@ def _check_tiles(tile: TileConfig, number: int, m: int, n: int) -> None:
 
 
 def _grid(tile: TileConfig, split: int, m: int, n: int, sms: int) -> tuple[int, int, int]:
-    row_tiles, token_tiles = ceil_div(n, tile.rows), ceil_div(m, tile.tokens)
     if tile.family == "flat":
-        _check_tiles(tile, row_tiles * token_tiles, m, n)
-        return min(row_tiles * token_tiles, sms * tile.ctas_per_sm), 1, 1
+        tiles = tile.tiles(m, n)
+        _check_tiles(tile, tiles, m, n)
+        return min(tiles, tile.clusters(sms * tile.ctas_per_sm)) * tile.cluster, 1, 1
+    row_tiles, token_tiles = tile.row_tiles(n), ceil_div(m, tile.tokens)
     if token_tiles > MAX_GRID_Y:
         raise ArgumentError(
             f"M = {m} makes {token_tiles} tiles of {tile.tokens} tokens, and {tile.name} takes at most {MAX_GRID_Y}; "
@@ -285,8 +319,15 @@ def _padded(ctas: int, split: int, sms: int) -> int:
     return ctas
 
 
-def _check_limits(shape: Shape) -> None:
-    limits = {"m": MAX_INT32, "n": MAX_INT32, "k": MAX_K - 1, "scale_stride": MAX_INT32, "out_stride": MAX_INT32}
+def _check_limits(shape: Shape, types: TypeConfig) -> None:
+    limits = {
+        "m": MAX_INT32,
+        "n": MAX_INT32,
+        "k": (MAX_K_GENERAL if types.general else MAX_K) - 1,
+        "scale_stride": MAX_INT32,
+        "zero_stride": MAX_INT32,
+        "out_stride": MAX_INT32,
+    }
     for name, limit in limits.items():
         value = getattr(shape, name)
         if not 0 <= value <= limit:

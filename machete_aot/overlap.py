@@ -8,7 +8,8 @@ again. Writes that torch does not count (through ``.data``, through DLPack, by f
 tensors, which have no counter) need ``set_overlap(False)`` or ``gemm(..., overlap=False)`` for the first call after.
 
 A launch that is captured into a CUDA graph does not run, so it does not count as one that waited: call a product once
-before the capture, as one does to warm up, and the graph's launches overlap.
+before the capture, as one does to warm up, and the graph's launches overlap. With drivers before CUDA 12.3 they never
+do: such a dependency came to graphs with that version.
 """
 
 from __future__ import annotations
@@ -52,10 +53,20 @@ class Constants:
     def __len__(self) -> int:
         return len(self._versions)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether this very object was added and has not been written since."""
+    def holds(self, tensor: torch.Tensor, address: int | None = None) -> bool:
+        """Whether this very object was added and has not been written since. ``address``: its own, if it is known."""
         entry = self._versions.get(id(tensor))
-        return entry is not None and entry[0]() is tensor and entry[1] == version(tensor)
+        if entry is None or entry[0]() is not tensor:
+            return False
+        at, count = entry[1]
+        if at != (tensor.data_ptr() if address is None else address):
+            return False
+        if count < 0:
+            return tensor.is_inference()
+        try:
+            return count == tensor._version
+        except RuntimeError:  # it has become one without a count
+            return False
 
     def add(self, tensor: torch.Tensor, at: Version) -> None:
         """Adds a tensor at the version that it had before the launch that waited."""
@@ -84,7 +95,7 @@ def launch_after_writes(
     """Calls ``launch(overlap)`` for a kernel that reads these tensors early, and remembers that it waited for them."""
     held = constants
     if all(map(held.holds, tensors)):
-        launch(enabled(override))
+        launch(enabled(override) and driver.can_overlap(stream))
         return
     versions = [version(t) for t in tensors]  # before the launch: a write after it must not count as waited for
     launch(False)

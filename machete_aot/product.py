@@ -4,25 +4,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-from . import driver, invariance, overlap, reference, selection
+from . import calls, driver, invariance, reference, selection
 from .bundle import Bundle
-from .config import UNIT_K, TypeConfig
+from .config import BLOCK_K, PRODUCTS, UNIT_K, ProductTypes, TypeConfig
 from .errors import ArgumentError, UnsupportedError
 from .fetch import default_bundle
 from .kernel import load_kernel
-from .launch import Operands, Shape, choose, multiply
+from .launch import choose
+from .operands import as_given, reach, run_kernel
 from .part import H100
 from .prepack import A_DTYPES
-from .scalar_type import ScalarType, u4b8
-from .validate import Problem, check_gemm
+from .scalar_type import SCALAR_TYPES, ScalarType, u4b8
+from .validate import check_gemm
 
-ROW_ALIGNMENT = 8  # elements: 16 bytes, what tensor maps and bulk copies need
+_is_compiling = torch.compiler.is_compiling
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 A_NAMES = {dtype: name for name, dtype in A_DTYPES.items()}
+_ZEROS = {False: "none", True: "float", "float": "float", "int": "int"}
 
 
 def gemm(
@@ -38,49 +42,118 @@ def gemm(
     *,
     overlap: bool | None = None,
     batch_invariant: bool = False,
+    channel_scales: torch.Tensor | None = None,
+    token_scales: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``a @ (w_q.to(s.dtype) * s - b_zeros) + bias``: fp32 sums, rounded once to a's dtype, bitwise repeatable.
+    """``a @ weights * channel_scales * token_scales + bias``: fp32 sums, rounded once, bitwise repeatable.
 
-    a: [..., K] bfloat16 or float16; b: what ``prepack_b`` returned; b_scales: [ceil(K / group), N]; bias: [N]; out:
-    [..., N], rows any distance apart; all in a's dtype and on a's device. ``b_group_size``: k that share a scale; -1 or
-    None: one group. On a GPU it is a multiple of 64, or one group, and b_zeros is None.
+    a: [..., K] bfloat16 or float16; b: what ``prepack_b`` returned; b_scales: [ceil(K / group), N], bias: [N], both in
+    a's dtype. ``b_group_size``: k that share a scale, a multiple of 32; -1 or None: one group. b_zeros, of the shape of
+    b_scales: None, weights = code * scale (less the type's zero point); in a's dtype, weights = code * scale - zero;
+    uint8 or int32 of 0 to 255, weights = (code - zero) * scale. int32 ones are converted at every call: pass uint8.
+    channel_scales: [N], token_scales: [M] or the shape of a without K, fp32.
+    ``activation`` "swiglu": the product's columns are gate and up in turn, 8 of each (see ``prepack_gate_up``), and the
+    result is silu(gate) * up, [..., N / 2]. ``out_dtype``: float32, float16 or bfloat16; None is a's. out: [..., N] or
+    [..., N / 2] of that dtype, rows any distance apart. Everything is on a's device.
     ``schedule``: one of ``supported_schedules``; None chooses. ``overlap``: False keeps this launch from reading
-    weights and scales before earlier kernels have ended; None does what ``set_overlap`` says.
+    weights, scales and zeros before earlier kernels have ended; None does what ``set_overlap`` says.
     ``batch_invariant``: a row of the result has the same bits whatever M is and wherever the row stands, on GPUs of one
     type (name, SMs and clocks) and with one bundle. It may be slower: see ``explain``. ``schedule`` must then name one
     that adds up K in the layer's order.
 
     Tensors on the CPU run the reference on the same prepacked bytes. On a GPU the launch is asynchronous, on torch's
-    current stream of a's device. Activations or scales whose rows are not 16-byte aligned are copied first.
-    Returns out, or a new tensor [..., N]; no gradients. Raises ArgumentError, UnsupportedError, DeviceError,
-    CaptureError and BundleError.
+    current stream of a's device. Activations, scales or zeros whose rows are not 16-byte aligned are copied first.
+    Returns out, or a new tensor; no gradients. Raises ArgumentError, UnsupportedError, DeviceError, CaptureError and
+    BundleError.
     """
-    problem = check_gemm(a, b, b_type, b_scales, b_zeros, b_group_size, bias, out)
-    if a.device.type != "cuda":
-        return reference.gemm(a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, batch_invariant=batch_invariant)
+    if _is_compiling() or ((_modes() or a.__class__ is not torch.Tensor) and _is_seen(a)):
+        return _traced(
+            a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, schedule, overlap, batch_invariant,
+            channel_scales, token_scales, activation, out_dtype,
+        )  # fmt: skip
+    if not (isinstance(a, torch.Tensor) and a.is_cuda):
+        return reference.gemm(
+            a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, batch_invariant=batch_invariant,
+            channel_scales=channel_scales, token_scales=token_scales, activation=activation, out_dtype=out_dtype,
+        )  # fmt: skip
+    index = a.get_device()
+    return gemm_on(
+        index, _current_stream(index), a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, schedule, overlap,
+        batch_invariant, channel_scales, token_scales, activation, out_dtype,
+    )  # fmt: skip
+
+
+def gemm_on(
+    index: int,
+    stream: int,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_type: ScalarType,
+    b_scales: torch.Tensor,
+    b_zeros: torch.Tensor | None,
+    b_group_size: int | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    schedule: str | None,
+    overlap: bool | None,
+    batch_invariant: bool,
+    channel_scales: torch.Tensor | None,
+    token_scales: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """``gemm`` on a stream (a CUstream) of device ``index``, which is where the tensors are."""
+    key = calls.key_of(
+        a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, schedule, batch_invariant, channel_scales,
+        token_scales, activation, out_dtype,
+    )  # fmt: skip
     bundle = default_bundle()
-    types = _types(a.dtype, b_type)
-    _check_supported(bundle, types, problem.group, problem.groups, b_zeros is not None)
+    try:
+        known = None if key is None else calls.known.find(key)
+    except TypeError:  # an option that has no hash, and is refused below
+        key = known = None
+    if known is not None and known.bundle is bundle:
+        found = known.run(a, b, b_scales, b_zeros, bias, out, channel_scales, token_scales, overlap, stream)
+        if found is not None:
+            return found
+    problem = check_gemm(
+        a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, channel_scales=channel_scales,
+        token_scales=token_scales, activation=activation, out_dtype=out_dtype,
+    )  # fmt: skip
+    types = kernel_types(bundle, _product_types(a.dtype, b_type, problem.zeros_kind, problem.fine))
     result = problem.out2d
     if result is None:
-        result = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=a.device)
+        result = torch.empty(problem.m, problem.out_columns, dtype=problem.out_dtype, device=a.device)
     if problem.m:
-        index = a.get_device()
-        stream = _current_stream(index)
-        run_kernel(bundle, types, problem, b, result, schedule, overlap, index, stream, batch_invariant)
+        launched = run_kernel(
+            bundle, types, problem, b, b_type, result, schedule, overlap, index, stream, batch_invariant
+        )
+        given = as_given(problem, a, b_scales, b_zeros, bias, channel_scales, token_scales)
+        if key is not None and launched is not None and given:
+            what = (*problem.batch_shape, problem.out_columns), problem.out_dtype, a.device
+            calls.known.add(key, calls.Call(bundle, b_type, *launched, what, (reach(problem.a2d), reach(result))))
     if out is not None:
         return out
-    return result if a.dim() == 2 else result.view(*problem.batch_shape, problem.n)
+    return result if a.dim() == 2 else result.view(*problem.batch_shape, problem.out_columns)
 
 
 def supported_schedules(
-    a_dtype: torch.dtype, b_type: ScalarType, b_group_size: int | None = 128, with_zeros: bool = False
+    a_dtype: torch.dtype, b_type: ScalarType, b_group_size: int | None = 128, with_zeros: bool | str = False
 ) -> list[str]:
-    """Names of the schedules with which the bundle in use multiplies these types on a GPU; empty if it does not."""
-    one_group = b_group_size is None or b_group_size == -1
-    if with_zeros or not (one_group or (b_group_size is not None and b_group_size > 0 and b_group_size % UNIT_K == 0)):
+    """Names of the schedules with which the bundle in use multiplies these types on a GPU; empty if it does not.
+
+    ``with_zeros``: "float" (or True) or "int" for zeros of that kind. A ``b_group_size`` counts as less than K.
+    """
+    zeros = _zeros_kind(with_zeros)
+    try:
+        product = _product_types(a_dtype, b_type, zeros, _is_fine(b_group_size))
+    except _GroupSizeError:
         return []
-    return [s.name for s in default_bundle().manifest.schedules_for(_types(a_dtype, b_type))]
+    manifest = default_bundle().manifest
+    types = manifest.types_for(product)
+    return [] if types is None else [s.name for s in manifest.schedules_for(types)]
 
 
 def warmup(
@@ -91,24 +164,32 @@ def warmup(
     schedules: Iterable[str] | None = None,
     *,
     batch_invariant: bool = False,
+    b_group_size: int | None = 128,
+    with_zeros: bool | str = False,
 ) -> list[str]:
     """Loads kernels, so that later calls need not: before a CUDA graph capture, or to keep a first call fast.
 
     ``shapes``: (M, N, K) of products to come; ``schedules``: names. Loads the kernels that these need, or, without
-    either, all of the types. ``device``: None is torch's current one. ``batch_invariant``: the shapes will be
-    multiplied with batch_invariant=True. Returns the kernels' ids.
+    either, all that multiply these types. ``device``: None is torch's current one. ``b_group_size``, ``with_zeros`` and
+    ``batch_invariant`` say how they will be multiplied, which decides what kernels these are; of the group size it
+    matters only whether it is a multiple of 64. Returns the kernels' ids.
     Raises ArgumentError, UnsupportedError, DeviceError, CaptureError and BundleError.
     """
-    bundle, types = default_bundle(), _types(a_dtype, b_type)
-    _check_supported(bundle, types, UNIT_K, 1, False)
+    bundle, zeros = default_bundle(), _zeros_kind(with_zeros)
+
+    def types_of(k: int | None) -> TypeConfig:
+        return kernel_types(bundle, _product_types(a_dtype, b_type, zeros, _is_fine(b_group_size, k)))
+
+    types = types_of(None)
     index = _device_index(device)
     part = driver.device(index).part
     if shapes is None and schedules is None:
-        chosen = list(bundle.manifest.schedules_for(types))
+        chosen = [(types, s) for s in bundle.manifest.schedules_for(types)]
     else:
-        chosen = [choose(bundle, types, shape, None, part, batch_invariant) for shape in shapes or ()]
-        chosen += [choose(bundle, types, (1, 1, 1), name, part) for name in schedules or ()]
-    kernels = list(dict.fromkeys(bundle.manifest.kernel_for(types, s.name).id for s in chosen))
+        found = [(types_of(shape[2]), shape) for shape in shapes or ()]
+        chosen = [(t, choose(bundle, t, shape, None, part, batch_invariant)) for t, shape in found]
+        chosen += [(types, choose(bundle, types, (1, 1, 1), name, part)) for name in schedules or ()]
+    kernels = list(dict.fromkeys(bundle.manifest.kernel_for(t, s.name).id for t, s in chosen))
     for kernel_id in kernels:
         load_kernel(bundle, kernel_id, index, _current_stream(index))
     return kernels
@@ -123,16 +204,20 @@ def explain(
     *,
     sms: int | None = None,
     batch_invariant: bool = False,
+    b_group_size: int | None = 128,
+    with_zeros: bool | str = False,
 ) -> selection.Explanation:
     """Which schedule an [M, K] x [K, N] product gets, and why; ``text()`` of the result is a table of all candidates.
 
     For torch's current device, or an H100 where there is none; ``sms``: for such a part with as many multiprocessors.
     ``batch_invariant``: the schedule with batch_invariant=True, in which order it adds up K, and what that costs
-    against the free choice; the result is an ``invariance.InvariantExplanation``.
+    against the free choice; the result is an ``invariance.InvariantExplanation``. ``b_group_size`` and ``with_zeros``
+    decide which kernels it can have, see ``supported_schedules``.
     Raises ArgumentError, UnsupportedError and BundleError.
     """
-    bundle, types = default_bundle(), _types(a_dtype, b_type)
-    _check_supported(bundle, types, UNIT_K, 1, False)
+    bundle = default_bundle()
+    product = _product_types(a_dtype, b_type, _zeros_kind(with_zeros), _is_fine(b_group_size, k))
+    types = kernel_types(bundle, product)
     part = driver.device(torch.cuda.current_device()).part if torch.cuda.is_available() else H100
     if sms is not None:
         part = part._replace(sms=sms)
@@ -140,100 +225,108 @@ def explain(
     return explain_choice(bundle.manifest, types.name, m, n, k, part)
 
 
+def _traced(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_type: ScalarType,
+    b_scales: torch.Tensor,
+    b_zeros: torch.Tensor | None,
+    b_group_size: int | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    schedule: str | None,
+    overlap: bool | None,
+    batch_invariant: bool,
+    channel_scales: torch.Tensor | None,
+    token_scales: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """``gemm`` as an operator of torch, which compilers and modes see as one piece (``torch_op.py``)."""
+    if not isinstance(b_type, ScalarType):
+        raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
+    tensors = (a, b, b_type.name, b_scales, b_zeros, b_group_size, bias, channel_scales, token_scales)
+    options = {
+        "schedule": schedule, "overlap": overlap, "batch_invariant": batch_invariant, "activation": activation,
+        "out_dtype": out_dtype,
+    }  # fmt: skip
+    differentiable = any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and differentiable:
+        with torch.no_grad():  # as everywhere: requires_grad is ignored
+            return _operator(out, tensors, options)
+    return _operator(out, tensors, options)
+
+
+def _operator(out: torch.Tensor | None, arguments: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
+    if out is None:
+        result: torch.Tensor = torch.ops.machete_aot.gemm(*arguments, **options)
+        return result
+    torch.ops.machete_aot.gemm_out(out, *arguments, **options)
+    return out
+
+
+def _is_seen(a: object) -> bool:
+    """Whether some mode sees what is done to this tensor, or it stands for others: a fake one, or a tracer's."""
+    if not isinstance(a, torch.Tensor):
+        return False
+    return bool(_modes()) or type(a).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+class _GroupSizeError(ArgumentError):
+    """A group size that no product can have."""
+
+
+def _is_fine(group: int | None, k: int | None = None) -> bool:
+    """Whether groups of this size, of a K that has several of them if it is not known, begin within units of 64 k."""
+    if group is None or group == -1:
+        return False
+    if not isinstance(group, int) or group <= 0 or group % BLOCK_K:
+        raise _GroupSizeError(f"b_group_size must be a positive multiple of {BLOCK_K}, or -1 or None, got {group!r}")
+    return group % UNIT_K != 0 and (k is None or group < k)
+
+
+def _zeros_kind(with_zeros: bool | str) -> str:
+    kind = _ZEROS.get(with_zeros)
+    if kind is None:
+        raise ArgumentError(f'with_zeros must be False, True, "float" or "int", got {with_zeros!r}')
+    return kind
+
+
 @functools.lru_cache(maxsize=64)
-def _types(a_dtype: torch.dtype, b_type: ScalarType) -> TypeConfig:
+def _product_types(a_dtype: torch.dtype, b_type: ScalarType, zeros: str, fine: bool) -> ProductTypes:
     if a_dtype not in A_NAMES:
         raise ArgumentError(f"activations are torch.bfloat16 or torch.float16, got {a_dtype}")
     if not isinstance(b_type, ScalarType):
         raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
-    name = A_NAMES[a_dtype]
-    return TypeConfig(name, b_type.name, name)
-
-
-def _check_supported(bundle: Bundle, types: TypeConfig, group: int, groups: int, with_zeros: bool) -> None:
-    if with_zeros:
+    if SCALAR_TYPES.get(b_type.name) != b_type:
         raise UnsupportedError(
-            f"{bundle!r} has no kernels that take zero points; it has {_held(bundle)}, without b_zeros; requantise to "
-            "a symmetric type, or call machete_aot.reference.gemm"
-        )
-    if groups > 1 and group % UNIT_K:
-        raise UnsupportedError(
-            f"the kernels of {bundle!r} take group sizes that are multiples of {UNIT_K}, or one group, got {group}; "
-            "repeat or merge the scales, or call machete_aot.reference.gemm"
-        )
-    if types not in bundle.manifest.types:
-        raise UnsupportedError(
-            f"{bundle!r} has no kernels for {types.name}, it has {_held(bundle)}; use one of these types, or call "
+            f"there are kernels for weights of type {', '.join(SCALAR_TYPES)} alone, got {b_type!r}; call "
             "machete_aot.reference.gemm"
         )
+    return ProductTypes(A_NAMES[a_dtype], b_type.name, zeros, fine)
+
+
+@functools.lru_cache(maxsize=256)
+def kernel_types(bundle: Bundle, product: ProductTypes) -> TypeConfig:
+    """The types of the bundle's kernels that compute such products. Raises UnsupportedError with what it has."""
+    types = bundle.manifest.types_for(product)
+    if types is None:
+        raise UnsupportedError(
+            f"{bundle!r} has no kernels for {product}; it has {_held(bundle)}; use one of these, or call "
+            "machete_aot.reference.gemm"
+        )
+    return types
 
 
 def _held(bundle: Bundle) -> str:
-    return ", ".join(t.name for t in bundle.manifest.types)
-
-
-def run_kernel(
-    bundle: Bundle,
-    types: TypeConfig,
-    problem: Problem,
-    b: torch.Tensor,
-    out: torch.Tensor,
-    schedule: str | None,
-    overlaps: bool | None,
-    index: int,
-    stream: int,
-    batch_invariant: bool = False,
-) -> None:
-    """Launches a checked product of at least one row into ``out`` [m, n]. ``stream``: a CUstream of device ``index``.
-
-    ``overlaps`` and ``batch_invariant``: what the caller of ``gemm`` wished.
-    """
-    m, n, k = problem.m, problem.n, problem.k
-    if b.data_ptr() % 16:
-        raise ArgumentError(f"b must start on a 16-byte boundary, got address {b.data_ptr():#x}; pass b.clone()")
-    acts, scales, bias = aligned_rows(problem.a2d), aligned_rows(problem.scales, whole=True), problem.bias
-    shape = Shape(m, n, k, problem.group, row_stride(acts), row_stride(scales), out.stride(0) if m > 1 else n)
-    operands = Operands(
-        acts.data_ptr(), b.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
-    )
-
-    held = []  # until the launch: after it the allocator reuses memory in the stream's order only
-
-    def allocate(size: int) -> int:
-        held.append(torch.empty(size, dtype=torch.uint8, device=out.device))
-        return held[-1].data_ptr()
-
-    def launch(early: bool) -> None:
-        multiply(bundle, types, shape, schedule, operands, index, stream, early, allocate, batch_invariant)
-
-    constants = (b, scales) if bias is None else (b, scales, bias)
-    with driver.current(driver.device(index)):  # a new thread has no context yet
-        overlap.launch_after_writes(constants, overlaps, stream, launch)
-
-
-def aligned_rows(matrix: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
-    """``matrix`` [rows, columns], or a padded copy where the kernels could not read it: each row starts on 16 bytes.
-
-    ``whole``: rows are read in whole pieces of 16 bytes, so the last one must not end where the memory may end.
-    """
-    rows, columns = matrix.shape
-    stride = matrix.stride(0)
-    contiguous = columns == 1 or matrix.stride(1) == 1
-    apart = rows == 1 or (stride % ROW_ALIGNMENT == 0 and stride >= columns)
-    ends = not whole or columns % ROW_ALIGNMENT == 0
-    if contiguous and apart and ends and matrix.data_ptr() % 16 == 0:
-        return matrix
-    padded = torch.empty(rows, _round_up(columns), dtype=matrix.dtype, device=matrix.device)
-    return padded[:, :columns].copy_(matrix)
-
-
-def row_stride(matrix: torch.Tensor) -> int:
-    """Elements between rows of an aligned matrix; of a single row, whose stride means nothing, its padded length."""
-    return matrix.stride(0) if matrix.shape[0] > 1 else _round_up(matrix.shape[1])
-
-
-def _round_up(columns: int) -> int:
-    return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    """What products the bundle's kernels compute, by the kernels' types."""
+    found = []
+    for types in bundle.manifest.types:
+        served = [p for p in PRODUCTS if bundle.manifest.types_for(p) == types]
+        names = ", ".join(dict.fromkeys(str(p) for p in served if not p.fine)) or ", ".join(map(str, served))
+        multiple = BLOCK_K if any(p.fine for p in served) else UNIT_K
+        found.append(f"{types.name} for {names} (groups: multiples of {multiple}, or one)")
+    return "; ".join(found)
 
 
 def _current_stream(index: int) -> int:

@@ -30,8 +30,8 @@ def kernel(tile: TileConfig) -> KernelInfo:
     return BUNDLE.manifest.kernel_for(BF16, schedule(tile))
 
 
-def shape(m: int, n: int, k: int, group: int = 128, **strides: int) -> Shape:
-    full = {"row_stride": -(-k // 8) * 8, "scale_stride": -(-n // 8) * 8, "out_stride": n, **strides}
+def shape(m: int, n: int, k: int, group: int = 128, **more: int) -> Shape:
+    full = {"row_stride": -(-k // 8) * 8, "scale_stride": -(-n // 8) * 8, "out_stride": n, **more}
     return Shape(m, n, k, group, **full)
 
 
@@ -115,11 +115,42 @@ def test_grid_of_whole_tiles_is_at_most_what_fits() -> None:
 )
 def test_even_shares(m: int, n: int, k: int, ctas: int, tiles: int, steps: int, longer: int) -> None:
     found = even_plan(m, n, k)
-    assert (found.grid, found.cluster, found.shared_memory) == ((ctas, 1, 1), (1, 1, 1), FLAT.shared_memory(1))
+    assert (found.grid, found.cluster, found.shared_memory) == ((ctas, 1, 1), (1, 1, 1), FLAT.shared_memory(1, BF16))
     p = found.params
     assert (p["even_tiles"], p["share_steps"], p["longer_shares"]) == (tiles, steps, longer)
     assert (p["row_tiles"], p["token_tiles"], p["steps"]) == (-(-n // 128), -(-m // 256), -(-k // 128))
     assert bool(found.workspace) == (tiles > 0)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "ctas", "tiles", "steps", "longer"),
+    # as above, in pairs of 256 rows: 512 tiles for 66 clusters
+    [
+        (4096, 8192, 4096, 132, 116, 56, 16),
+        (256, 256 * 66, 4096, 132, 0, 0, 0),
+        (256, 128 * 131, 4096, 132, 0, 0, 0),  # the last CTA has no rows
+        (256, 128 * 133, 4096, 132, 67, 32, 32),
+        (1, 1, 129, 4, 1, 1, 0),  # two steps for two clusters
+    ],
+)
+def test_even_shares_of_clusters(m: int, n: int, k: int, ctas: int, tiles: int, steps: int, longer: int) -> None:
+    pair = replace(FLAT, cluster=2)
+    found = make_plan(replace(kernel(FLAT), tile=pair), ScheduleConfig(pair, 0, 1), shape(m, n, k), sms=132)
+    assert (found.grid, found.cluster, found.shared_memory) == ((ctas, 1, 1), (2, 1, 1), FLAT.shared_memory(1, BF16))
+    p = found.params
+    assert (p["even_tiles"], p["share_steps"], p["longer_shares"]) == (tiles, steps, longer)
+    assert (p["row_tiles"], p["token_tiles"], p["steps"]) == (-(-n // 256), -(-m // 256), -(-k // 128))
+    assert found.workspace == (FLAT.workspace(ctas) if tiles else 0)
+
+
+@pytest.mark.parametrize(("n", "ctas"), [(1, 2), (257, 4), (128 * 131, 132), (128 * 133, 132)])
+def test_whole_tiles_of_clusters(n: int, ctas: int) -> None:
+    pair = replace(FLAT, cluster=2)
+    found = make_plan(replace(kernel(FLAT), tile=pair), ScheduleConfig(pair, 1), shape(7, n, 4096), sms=132)
+    assert (found.grid, found.cluster, found.workspace) == ((ctas, 1, 1), (2, 1, 1), 0)
+    assert found.params["row_tiles"] == -(-n // 256)
+    assert found.acts.box == (64, 256, 1)  # each CTA copies one of a step's two units
+    assert plan(FLAT, 1, 7, n, 4096).acts.box == (64, 256, 2)
 
 
 def test_limits_are_typed() -> None:
@@ -164,15 +195,18 @@ def test_stream_grid_covers_the_product(tile: TileConfig, split: int, m: int, n:
         assert found.grid[0] * 10 < needed * 11 + 10 * used
     else:
         assert found.grid[0] < sms + used
-    assert found.shared_memory == tile.shared_memory(used)
+    assert found.shared_memory == tile.shared_memory(used, BF16)
 
 
 @pytest.mark.parametrize(
-    ("k", "group", "units"),
-    [(4096, 128, 2), (4096, 64, 1), (4096, 4096, 64), (4100, 8192, 65), (4160, 4160, 65), (100, 100, 2), (576, 192, 3)],
+    ("k", "group", "blocks"),
+    [
+        *((4096, 128, 4), (4096, 64, 2), (4096, 32, 1), (4096, 96, 3), (4096, 4096, 128), (4100, 8192, 129)),
+        *((4160, 4160, 130), (100, 100, 4), (576, 192, 6)),
+    ],
 )
-def test_group_units(k: int, group: int, units: int) -> None:
-    assert plan(NARROW, 1, 1, 128, k, group).params["group_units"] == units
+def test_group_blocks(k: int, group: int, blocks: int) -> None:
+    assert plan(NARROW, 1, 1, 128, k, group).params["group_blocks"] == blocks
 
 
 @pytest.mark.parametrize(
@@ -183,6 +217,46 @@ def test_pairs_are_stored_where_they_are_aligned(n: int, out_stride: int, out: i
     operands = OPERANDS._replace(out=4096 + out)
     data = parameter_bytes(plan(NARROW, 1, 2, n, 128, out_stride=out_stride), operands, 0, 0)
     assert bool(abi.unpack_params(data)["flags"] & abi.FLAG_STORE_PAIRS) is pairs
+
+
+@pytest.mark.parametrize(
+    ("n", "flags", "pairs"),
+    [
+        (128, 0, True),
+        (128, abi.FLAG_OUT_FP16, True),
+        (128, abi.FLAG_OUT_FP32, False),  # they are pairs of 16 bits
+        (48, abi.FLAG_OUT_BF16 | abi.FLAG_SWIGLU, True),  # 24 columns
+        (16, abi.FLAG_OUT_BF16 | abi.FLAG_SWIGLU, True),
+        (16, abi.FLAG_OUT_FP32 | abi.FLAG_SWIGLU, False),
+        (24, 0, True),
+        (20, abi.FLAG_INTEGER_ZEROS, False),
+    ],
+)
+def test_flags_of_the_call_reach_the_kernel(n: int, flags: int, pairs: bool) -> None:
+    found = make_plan(kernel(NARROW), ScheduleConfig(NARROW, 1), shape(2, n, 128, flags=flags), sms=132)
+    operands = OPERANDS._replace(zeros=0x7F6000000000, channel_scales=0x7F7000000000, token_scales=0x7F8000000000)
+    params = abi.unpack_params(parameter_bytes(found, operands, 0, 0))
+    assert params["flags"] == flags | (abi.FLAG_STORE_PAIRS if pairs else 0)
+    for name in ("zeros", "channel_scales", "token_scales"):
+        assert params[name] == getattr(operands, name)
+
+
+def test_flags_are_bits_of_their_own() -> None:
+    flags = [value for name, value in vars(abi).items() if name.startswith("FLAG_")]
+    assert sorted(flags) == [1 << i for i in range(len(flags))]
+
+
+def test_general_types_need_more_shared_memory_and_take_a_shorter_k() -> None:
+    general = replace(kernel(NARROW), types=TypeConfig("bf16", "u8", "bf16", "float"))
+    made = make_plan(general, ScheduleConfig(NARROW, 2), shape(2, 128, 4096, zero_stride=128, code_zero=128), sms=132)
+    stage = 4 * 8 * 128 + 4 * 2 * 4096 + 4 * 128 * 8  # activations, weights, two rows of scales and two of zeros
+    assert made.shared_memory == 5 * stage + 128 + 4096 // 2  # barriers, and half of the slabs, from the other CTA
+    assert (made.params["zero_stride"], made.params["code_zero"]) == (128, 128)
+    with pytest.raises(ArgumentError, match="k = 67108864"):
+        make_plan(general, ScheduleConfig(NARROW, 1), shape(1, 128, 2**26), sms=132)
+    make_plan(kernel(NARROW), ScheduleConfig(NARROW, 1), shape(1, 128, 2**26), sms=132)
+    with pytest.raises(ArgumentError, match="zero_stride"):
+        make_plan(general, ScheduleConfig(NARROW, 1), shape(1, 128, 128, zero_stride=2**31), sms=132)
 
 
 def run(
@@ -215,26 +289,31 @@ def test_aligned_launch(stub: Stub) -> None:
     (launch,) = stub.launches
     assert launch.symbol == f"machete_bf16_u4b8__{NARROW.name}"
     assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (320, 1, 1), (2, 1, 1))
-    assert launch.shared_memory == NARROW.shared_memory(2)
+    assert launch.shared_memory == NARROW.shared_memory(2, BF16)
     assert (launch.device, launch.stream, launch.programmatic, launch.attributes) == (0, STREAM, False, 1)
     assert launch.tensor_map == (
         1, OPERANDS.acts, (64, 5, 64), (8208, 128), (64, 8, 4), (1, 1, 1), 0, 3, 3, 0
     )  # fmt: skip
-    assert len(launch.parameters) == 128 + abi.SIZE == 232
+    assert len(launch.parameters) == 128 + abi.SIZE == 264
     found = abi.unpack_params(launch.parameters[128:])
     assert 0 <= found.pop("token") < 2**64
     assert found == {
         "weights": OPERANDS.weights,
         "scales": OPERANDS.scales,
+        "zeros": 0,
         "bias": 0x7F3000000000,
+        "channel_scales": 0,
+        "token_scales": 0,
         "out": OPERANDS.out,
         "workspace": 0,
         "m": 5,
         "n": 8192,
         "k": 4096,
         "scale_stride": 8192,
+        "zero_stride": 0,
         "out_stride": 8200,
-        "group_units": 2,
+        "group_blocks": 4,
+        "code_zero": 0,
         "flags": abi.FLAG_STORE_PAIRS,
         "row_tiles": 64,
         "token_tiles": 1,
@@ -255,7 +334,7 @@ def test_ragged_k_takes_the_2d_tensor_map(stub: Stub) -> None:
     assert launch.tensor_map.box == (64, 64)
     params = abi.unpack_params(launch.parameters[128:])
     assert params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_STORE_PAIRS
-    assert params["group_units"] == 19
+    assert params["group_blocks"] == 37  # of 32 k, as many as there are: one group
 
 
 @stubbed
@@ -263,8 +342,8 @@ def test_split_is_clamped_with_its_shared_memory(stub: Stub) -> None:
     run(NARROW, 4, shape(1, 128, 600))
     run(NARROW, 4, shape(1, 128, 256))
     two, one = stub.launches
-    assert (two.cluster, two.shared_memory, two.attributes) == ((2, 1, 1), NARROW.shared_memory(2), 1)
-    assert (one.cluster, one.shared_memory, one.attributes) == ((1, 1, 1), NARROW.shared_memory(1), 0)
+    assert (two.cluster, two.shared_memory, two.attributes) == ((2, 1, 1), NARROW.shared_memory(2, BF16), 1)
+    assert (one.cluster, one.shared_memory, one.attributes) == ((1, 1, 1), NARROW.shared_memory(1, BF16), 0)
 
 
 @stubbed
@@ -286,7 +365,7 @@ def test_launch_of_even_shares(stub: Stub) -> None:
     (launch,) = stub.launches
     assert launch.symbol == f"machete_bf16_u4b8__{FLAT.name}"
     assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (384, 1, 1), (1, 1, 1))
-    assert (launch.attributes, launch.shared_memory) == (0, FLAT.shared_memory(1))
+    assert (launch.attributes, launch.shared_memory) == (0, FLAT.shared_memory(1, BF16))
     params = abi.unpack_params(launch.parameters[128:])
     assert params["workspace"] == WORKSPACE
     assert (params["row_tiles"], params["token_tiles"], params["steps"]) == (64, 16, 32)

@@ -108,6 +108,21 @@ def test_captured_launches_do_not_count(stub: Stub) -> None:
     assert launched(b)
 
 
+@pytest.mark.parametrize(("version", "overlaps"), [(12020, False), (12030, True)])
+def test_graphs_overlap_from_cuda_12_3_up(version: int, overlaps: bool) -> None:
+    @stubbed
+    def check(stub: Stub) -> None:
+        b = torch.zeros(8)
+        stub.set(driver=version)
+        assert [launched(b) for _ in range(2)] == [False, True]
+        stub.set(capturing=1)
+        assert launched(b) == launched(b, wish=True) == overlaps
+        stub.set(capturing=0)
+        assert launched(b)
+
+    check()
+
+
 @stubbed
 def test_switches(stub: Stub) -> None:
     b = torch.zeros(8)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HEADER = "SPDX-License-Identifier: Apache-2.0"
-SUFFIXES = {".py", ".cu", ".cuh", ".h", ".c", ".cpp", ".j2", ".sh", ".toml"}
+SUFFIXES = {".py", ".cu", ".cuh", ".h", ".c", ".cpp", ".hpp", ".j2", ".sh", ".toml"}
 NAMES = {"Makefile", "Dockerfile"}
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 
@@ -11,10 +12,15 @@ from build_kernels.configs import ImplConfig
 from build_kernels.pack import Product, write_bundle
 from machete_aot import abi
 from machete_aot.bundle import Bundle, open_bundle
-from machete_aot.config import ScheduleConfig, TileConfig
+from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from small_bundle import TYPES, release
 
 BF16, FP16 = TYPES
+GENERAL = tuple(
+    TypeConfig(a, b, a, zeros)
+    for b in ("u4", "u8")
+    for a, zeros in (("bf16", "float"), ("bf16", "int"), ("fp16", "any"))
+)
 
 NARROW = TileConfig("stream", 2, 1, 1, 4, 8, 5, 2)  # 128 rows, 8 tokens, steps of 256 k
 WIDE = TileConfig("stream", 1, 2, 1, 2, 64, 5, 1)  # 64 rows, 64 tokens, steps of 256 k
@@ -36,13 +42,21 @@ def stub_cubin(symbol: str, parameters: Sequence[tuple[int, int]] = abi.PARAMETE
 
 
 def make_bundle(
-    parameters: Sequence[tuple[int, int]] = abi.PARAMETERS, static_shared_memory: int = 0, cubin: bytes | None = None
+    parameters: Sequence[tuple[int, int]] = abi.PARAMETERS,
+    static_shared_memory: int = 0,
+    cubin: bytes | None = None,
+    general: Sequence[TypeConfig] = (),
 ) -> Bundle:
-    """A bundle of every type and tile above. ``cubin`` replaces all cubins."""
+    """A bundle of TYPES with every tile above, and of ``general`` types, unmeasured ones, with NARROW, split 1 and 4.
+
+    ``cubin`` replaces all cubins.
+    """
     report = Report(80, 0, static_shared_memory)
+    more = ImplConfig(tuple(general), tuple(ScheduleConfig(NARROW, split) for split in (1, 4)))
     products = [
         Product(kernel, report, cubin or stub_cubin(kernel.symbol, parameters))
-        for kernel in ImplConfig(TYPES, SCHEDULES).specializations
+        for kernel in (*ImplConfig(TYPES, SCHEDULES).specializations, *more.specializations)
     ]
-    data, manifest = write_bundle(products, release(SCHEDULES))
+    plain = release(SCHEDULES)
+    data, manifest = write_bundle(products, dataclasses.replace(plain, served=(*plain.served, *more.typed_schedules)))
     return open_bundle(data, manifest_sha256=hashlib.sha256(manifest).hexdigest())

@@ -85,7 +85,7 @@ class _LaunchRecord(ctypes.Structure):
         ("library", ctypes.c_uint32),
         ("parameter_bytes", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
-        ("parameters", ctypes.c_uint8 * 256),
+        ("parameters", ctypes.c_uint8 * 320),
     )
 
 
@@ -97,8 +97,9 @@ class Stub:
         self._library.stub_launch.restype = ctypes.POINTER(_LaunchRecord)
 
     def set(self, **knobs: int) -> None:
-        """Knobs: major, minor (compute capability), driver, devices, sms, clock_khz, memory_khz, memory_bits (an H100's
-        at first), capturing, slow_load_us."""
+        """Knobs: major, minor (compute capability), driver (a CUDA version, which functions it has follows from that;
+        set it before the first call), devices, sms, clock_khz, memory_khz, memory_bits (an H100's at first),
+        capturing, slow_load_us, record (0: launches are checked and counted, not kept)."""
         for name, value in knobs.items():
             assert self._library.stub_set(name.encode(), value) == 0, f"no knob {name}"
 
@@ -163,7 +164,13 @@ def stubbed(test: Callable[..., None]) -> Callable[..., None]:
         if "libcuda.so" in Path("/proc/self/maps").read_text():
             pytest.skip("this process has loaded a driver")
         build()
-        in_child(lambda: test(Stub(), **arguments))
+
+        def body() -> None:
+            # Through cuda-bindings, not through a loader that happens to be compiled: test_loader.py compares the two.
+            os.environ.setdefault("MACHETE_AOT_LOADER", "0")
+            test(Stub(), **arguments)
+
+        in_child(body)
 
     signature = inspect.signature(test)
     run.on_stub_driver = True  # type: ignore[attr-defined]

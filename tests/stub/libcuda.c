@@ -38,7 +38,7 @@ struct launch {  // read by tests/stub/harness.py: keep both alike
   uint32_t grid[3], block[3], cluster[3];
   uint32_t shared_memory, programmatic, attributes, device, library, parameter_bytes;
   uint64_t stream;
-  uint8_t parameters[256];
+  uint8_t parameters[320];
 };
 
 struct encoded {  // what an encoded tensor map holds, 128 bytes: read by tests/stub/harness.py
@@ -68,9 +68,17 @@ struct config {
 static struct knob {
   const char* name;
   int value;
-} knobs[] = {{"major", 9},     {"minor", 0},           {"driver", 13000},       {"devices", 1},
-             {"sms", 132},     {"clock_khz", 1980000}, {"memory_khz", 2619000}, {"memory_bits", 5120},
-             {"capturing", 0}, {"slow_load_us", 0}};
+} knobs[] = {{"major", 9},
+             {"minor", 0},
+             {"driver", 13000},
+             {"devices", 1},
+             {"sms", 132},
+             {"clock_khz", 1980000},
+             {"memory_khz", 2619000},
+             {"memory_bits", 5120},
+             {"capturing", 0},
+             {"slow_load_us", 0},
+             {"record", 1}};
 static struct call {
   char name[64];
   int count, fail_with, hidden;
@@ -325,6 +333,7 @@ EXPORT int cuLaunchKernelEx(const struct config* config, struct kernel* kernel, 
     memcpy(r.parameters + kernel->offset[i], parameters[i], kernel->size[i]);
     if (end > r.parameter_bytes) r.parameter_bytes = (uint32_t)end;
   }
+  if (!knob("record")) return SUCCESS;
   pthread_mutex_lock(&lock);
   if (launch_count == MAX_LAUNCHES) abort();
   launches[launch_count++] = r;
@@ -332,42 +341,66 @@ EXPORT int cuLaunchKernelEx(const struct config* config, struct kernel* kernel, 
   return SUCCESS;
 }
 
+// Memory of the host stands for the device's.
+EXPORT int cuMemAlloc_v2(void** address, size_t size) {
+  ENTER();
+  if (!depth) return INVALID_CONTEXT;
+  return posix_memalign(address, 256, size) ? 2 : SUCCESS;
+}
+EXPORT int cuMemcpyHtoD_v2(void* to, const void* from, size_t size) {
+  ENTER();
+  memcpy(to, from, size);
+  return SUCCESS;
+}
+EXPORT int cuMemcpyDtoH_v2(void* to, const void* from, size_t size) {
+  ENTER();
+  memcpy(to, from, size);
+  return SUCCESS;
+}
+EXPORT int cuCtxSynchronize(void) {
+  ENTER();
+  return depth ? SUCCESS : INVALID_CONTEXT;
+}
+
 EXPORT int cuGetProcAddress_v2(const char* symbol, void** address, int version, uint64_t flags, int* status);
 EXPORT int cuGetProcAddress(const char* symbol, void** address, int version, uint64_t flags) {
   return cuGetProcAddress_v2(symbol, address, version, flags, NULL);
 }
 
-#define ENTRY(name) {#name, (void*)name}
+#define ENTRY(name, since) {#name, (void*)name, since}
 static const struct {
   const char* name;
   void* address;
-} table[] = {ENTRY(cuInit),
-             ENTRY(cuDriverGetVersion),
-             ENTRY(cuDeviceGetCount),
-             ENTRY(cuDeviceGet),
-             ENTRY(cuDeviceGetName),
-             ENTRY(cuDeviceGetAttribute),
-             ENTRY(cuDevicePrimaryCtxRetain),
-             ENTRY(cuCtxGetCurrent),
-             ENTRY(cuStreamIsCapturing),
-             {"cuCtxPushCurrent", (void*)cuCtxPushCurrent_v2},
-             {"cuCtxPopCurrent", (void*)cuCtxPopCurrent_v2},
-             ENTRY(cuLibraryLoadData),
-             ENTRY(cuLibraryUnload),
-             ENTRY(cuLibraryGetKernel),
-             ENTRY(cuKernelGetFunction),
-             ENTRY(cuKernelSetAttribute),
-             ENTRY(cuKernelGetParamInfo),
-             ENTRY(cuTensorMapEncodeTiled),
-             ENTRY(cuLaunchKernelEx),
-             ENTRY(cuGetProcAddress)};
+  int since;  // the CUDA version that it came with, in this form
+} table[] = {ENTRY(cuInit, 2000),
+             ENTRY(cuDriverGetVersion, 2020),
+             ENTRY(cuDeviceGetCount, 2000),
+             ENTRY(cuDeviceGet, 2000),
+             ENTRY(cuDeviceGetName, 2000),
+             ENTRY(cuDeviceGetAttribute, 2000),
+             ENTRY(cuDevicePrimaryCtxRetain, 7000),
+             ENTRY(cuCtxGetCurrent, 4000),
+             ENTRY(cuStreamIsCapturing, 10000),
+             {"cuCtxPushCurrent", (void*)cuCtxPushCurrent_v2, 4000},
+             {"cuCtxPopCurrent", (void*)cuCtxPopCurrent_v2, 4000},
+             ENTRY(cuLibraryLoadData, 12000),
+             ENTRY(cuLibraryUnload, 12000),
+             ENTRY(cuLibraryGetKernel, 12000),
+             ENTRY(cuKernelGetFunction, 12000),
+             ENTRY(cuKernelSetAttribute, 12000),
+             ENTRY(cuKernelGetParamInfo, 12040),
+             ENTRY(cuTensorMapEncodeTiled, 12000),
+             ENTRY(cuLaunchKernelEx, 11060)};
 
 EXPORT int cuGetProcAddress_v2(const char* symbol, void** address, int version, uint64_t flags, int* status) {
-  (void)version, (void)flags;
+  (void)flags;
   *address = NULL;
+  if (version > knob("driver")) return INVALID_VALUE;  // the driver is older than what is asked for
   for (unsigned i = 0; i < sizeof table / sizeof *table; ++i)
-    if (!strcmp(table[i].name, symbol) && !find(symbol)->hidden) *address = table[i].address;
-  if (!strcmp(symbol, "cuGetProcAddress")) *address = (void*)cuGetProcAddress_v2;
+    if (!strcmp(table[i].name, symbol) && table[i].since <= version && !find(symbol)->hidden)
+      *address = table[i].address;
+  if (!strcmp(symbol, "cuGetProcAddress"))
+    *address = version < 12000 ? (void*)cuGetProcAddress : (void*)cuGetProcAddress_v2;
   if (status) *status = *address ? 0 : 1;
   return *address ? SUCCESS : NOT_FOUND;
 }
@@ -384,6 +417,22 @@ EXPORT void stub_hide(const char* name) { find(name)->hidden = 1; }
 EXPORT int stub_calls(const char* name) { return find(name)->count; }
 EXPORT int stub_launch_count(void) { return launch_count; }
 EXPORT const struct launch* stub_launch(int index) { return &launches[index]; }
+// Microseconds of what the stub does in one launch by the loader: cuCtxGetCurrent, a push and a pop around it, and
+// cuLaunchKernelEx of a kernel with two parameters. For benchmarks/launch.py.
+EXPORT double stub_time_launches(struct kernel* kernel, void* context, int count) {
+  uint8_t tensor_map[128] = {0}, block[256] = {0};
+  void *parameters[2] = {tensor_map, block}, *current;
+  struct attribute overlap = {.id = 6, .value.flag = 1};
+  struct config config = {.grid = {1, 1, 1}, .block = {128, 1, 1}, .attributes = &overlap, .count = 1};
+  struct timespec start, end;
+  clock_gettime(CLOCK_MONOTONIC, &start);
+  for (int i = 0; i < count; ++i)
+    if (cuCtxGetCurrent(&current) || cuCtxPushCurrent_v2(context) ||
+        cuLaunchKernelEx(&config, kernel, parameters, NULL) || cuCtxPopCurrent_v2(&current))
+      return -1;
+  clock_gettime(CLOCK_MONOTONIC, &end);
+  return ((double)(end.tv_sec - start.tv_sec) * 1e9 + (double)(end.tv_nsec - start.tv_nsec)) / count / 1e3;
+}
 EXPORT int stub_kernel_attribute(const char* symbol, int device, int attribute) {
   for (int i = 0; i < kernel_count; ++i)
     if (!strcmp(kernels[i].symbol, symbol)) return kernels[i].attribute[device][attribute];

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+// See machete_loader.h. C11 and POSIX dlopen; cuda.h is not needed, what the driver reads is declared below.
+#include "machete_loader.h"
+
+#include <dlfcn.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+
+_Static_assert(sizeof(void*) == 8, "addresses have 64 bits");
+_Static_assert(sizeof(machete_loader_plan) == 256, "machete_aot/loader.py packs 256 bytes");
+_Static_assert(sizeof(machete_loader_call) == 120, "machete_aot/loader.py packs 120 bytes");
+
+// ---- what of cuda.h is needed ----
+
+enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };                      // CUlaunchAttributeID
+enum { UINT16 = 1, NO_INTERLEAVE = 0, SWIZZLE_128B = 3, PROMOTE_256B = 3, FILL_ZERO = 0 };  // CUtensorMap...
+enum { MAX_BOX = 256, MAX_CLUSTER = 16, MAX_THREADS = 1024, MAX_GRID_YZ = 65535, MAX_SHARED = 227 * 1024 };
+#define MAX_DIM (UINT64_C(1) << 32)
+#define MAX_STRIDE (UINT64_C(1) << 40)
+
+typedef struct launch_attribute {  // CUlaunchAttribute
+  int32_t id;
+  char pad[4];
+  union {
+    char bytes[64];
+    uint32_t cluster[3];
+    int32_t allowed;
+  } value;
+} launch_attribute;
+_Static_assert(sizeof(launch_attribute) == 72, "CUlaunchAttribute has 72 bytes");
+
+typedef struct launch_config {  // CUlaunchConfig
+  uint32_t grid[3], block[3], shared_memory;
+  void* stream;
+  launch_attribute* attributes;
+  uint32_t count;
+} launch_config;
+_Static_assert(sizeof(launch_config) == 56 && offsetof(launch_config, stream) == 32, "CUlaunchConfig has 56 bytes");
+
+typedef int encode_function(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
+                            const uint32_t*, int, int, int, int);
+typedef int launch_function(const launch_config*, void*, void**, void**);
+typedef int get_context_function(void**);
+typedef int push_context_function(void*);
+
+enum { ENCODE, LAUNCH, GET_CONTEXT, PUSH_CONTEXT, POP_CONTEXT, FUNCTIONS };
+static const char* const names[FUNCTIONS] = {"cuTensorMapEncodeTiled", "cuLaunchKernelEx", "cuCtxGetCurrent",
+                                             "cuCtxPushCurrent", "cuCtxPopCurrent"};
+static const char* const symbols[FUNCTIONS] = {"cuTensorMapEncodeTiled", "cuLaunchKernelEx", "cuCtxGetCurrent",
+                                               "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"};
+
+// ---- state ----
+
+static _Atomic(void*) functions[FUNCTIONS];  // threads that find them at the same time store the same addresses
+static atomic_bool ready;
+static _Atomic uint64_t next_token;
+
+// Tensor maps of this thread. A map depends on an address and on what the plan says of it, and on nothing else: not on
+// what lies there, nor on the device. So an entry is never wrong, and a set drops its oldest.
+enum { MAP_BYTES = 128, WAYS = 4, SETS = 32 };
+typedef struct map_key {
+  uint64_t address;
+  uint64_t dims[3], strides[2];
+  uint32_t box[3];
+  uint32_t rank;  // 0: an entry that was never used
+} map_key;
+_Static_assert(sizeof(map_key) == 64, "keys are compared as bytes, so they have no padding");
+typedef struct map_set {
+  _Alignas(64) uint8_t maps[WAYS][MAP_BYTES];
+  map_key keys[WAYS];
+  uint64_t oldest;
+} map_set;
+static _Thread_local map_set cache[SETS];
+
+// ---- the driver ----
+
+static int failed(int function, int result) { return result ? (function + 1) << 16 | (result & 0xffff) : 0; }
+
+int machete_loader_result(int code) { return code > 0 ? code & 0xffff : 0; }
+
+const char* machete_loader_function(int code) {
+  const int function = (code >> 16) - 1;
+  return code > 0 && function >= 0 && function < FUNCTIONS ? names[function] : "";
+}
+
+const char* machete_loader_status_name(int code) {
+  static const char* const status[] = {
+      "MACHETE_LOADER_OK",          "MACHETE_LOADER_NOT_INITIALISED", "MACHETE_LOADER_NO_DRIVER",
+      "MACHETE_LOADER_NO_FUNCTION", "MACHETE_LOADER_BAD_CALL",        "MACHETE_LOADER_BAD_PLAN",
+      "MACHETE_LOADER_WRONG_ABI",   "MACHETE_LOADER_NO_ADDRESS",      "MACHETE_LOADER_MISALIGNED"};
+  if (code > 0) return "a driver call failed";
+  if (code < MACHETE_LOADER_MISALIGNED) return "an unknown status";
+  return status[-code];
+}
+
+uint32_t machete_loader_version(void) { return MACHETE_LOADER_VERSION; }
+
+uint32_t machete_loader_abi(void) { return MACHETE_ABI_VERSION; }
+
+void machete_loader_seed(uint64_t token) { atomic_store(&next_token, token); }
+
+int machete_loader_init(const char* libcuda) {
+  if (atomic_load_explicit(&ready, memory_order_acquire)) return MACHETE_LOADER_OK;
+  void* library = dlopen(libcuda ? libcuda : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);  // never closed
+  if (!library) return MACHETE_LOADER_NO_DRIVER;
+  void* found[FUNCTIONS];
+  for (int i = 0; i < FUNCTIONS; ++i)
+    if (!(found[i] = dlsym(library, symbols[i]))) {
+      dlclose(library);
+      return MACHETE_LOADER_NO_FUNCTION;
+    }
+  for (int i = 0; i < FUNCTIONS; ++i) atomic_store_explicit(&functions[i], found[i], memory_order_relaxed);
+  atomic_store_explicit(&ready, true, memory_order_release);
+  return MACHETE_LOADER_OK;
+}
+
+static void* driver(int function) { return atomic_load_explicit(&functions[function], memory_order_relaxed); }
+
+// ---- plans ----
+
+static bool between(uint64_t value, uint64_t least, uint64_t most) { return value >= least && value <= most; }
+
+static int check_plan(const machete_loader_plan* p) {
+  if (p->magic != MACHETE_LOADER_PLAN || p->size != sizeof *p) return MACHETE_LOADER_BAD_PLAN;
+  if (p->abi != MACHETE_ABI_VERSION) return MACHETE_LOADER_WRONG_ABI;
+  if (p->options & ~(uint32_t)MACHETE_LOADER_PAIRS) return MACHETE_LOADER_BAD_PLAN;
+  bool good = between(p->grid[0], 1, INT32_MAX) && between(p->rank, 2, 3) && p->shared_memory <= MAX_SHARED;
+  uint64_t threads = 1, ctas = 1;
+  for (int i = 0; i < 3; ++i) {
+    good &= between(p->block[i], 1, MAX_THREADS) && between(p->cluster[i], 1, MAX_CLUSTER);
+    good &= i == 0 || between(p->grid[i], 1, MAX_GRID_YZ);
+    good = good && p->grid[i] % p->cluster[i] == 0;
+    threads *= p->block[i];
+    ctas *= p->cluster[i];
+  }
+  good &= threads <= MAX_THREADS && ctas <= MAX_CLUSTER;
+  for (uint32_t i = 0; i < 3; ++i)
+    if (i < p->rank) good &= between(p->dims[i], 1, MAX_DIM) && between(p->box[i], 1, MAX_BOX);
+    else good &= p->dims[i] == 0 && p->box[i] == 0;
+  for (uint32_t i = 0; i < 2; ++i)
+    if (i + 1 < p->rank) good &= between(p->strides[i], 16, MAX_STRIDE - 1) && p->strides[i] % 16 == 0;
+    else good &= p->strides[i] == 0;
+  const GemmParams* g = &p->params;
+  const int32_t known = FLAG_ACTS_2D | FLAG_INTEGER_ZEROS | FLAG_OUT_FP32 | FLAG_OUT_BF16 | FLAG_OUT_FP16 | FLAG_SWIGLU;
+  good &= g->m > 0 && g->n > 0 && g->k > 0 && g->group_blocks > 0 && g->scale_stride >= 0 && g->zero_stride >= 0;
+  good &= g->out_stride >= 0 && g->row_tiles >= 0 && g->token_tiles >= 0 && g->steps >= 0 && g->even_tiles >= 0;
+  good &= g->share_steps >= 0 && g->longer_shares >= 0 && !(g->flags & ~known);
+  good &= !(g->flags & FLAG_ACTS_2D) == (p->rank == 3);
+  return good ? MACHETE_LOADER_OK : MACHETE_LOADER_BAD_PLAN;
+}
+
+int machete_loader_check(const void* plan, size_t size) {
+  machete_loader_plan copy;
+  if (!plan || size != sizeof copy) return MACHETE_LOADER_BAD_PLAN;
+  memcpy(&copy, plan, sizeof copy);
+  return check_plan(&copy);
+}
+
+static int check_addresses(const machete_loader_call* c, const machete_loader_plan* p) {
+  if (!c->acts || !c->weights || !c->scales || !c->out || (p->workspace && !c->workspace))
+    return MACHETE_LOADER_NO_ADDRESS;
+  // The driver itself refuses activations that are not on 16 bytes.
+  const uintptr_t pieces = (uintptr_t)c->weights | (uintptr_t)c->scales | (uintptr_t)c->zeros | (uintptr_t)c->workspace;
+  const uintptr_t words = (uintptr_t)c->channel_scales | (uintptr_t)c->token_scales;
+  const uintptr_t halves = (uintptr_t)c->bias | (uintptr_t)c->out;
+  const uintptr_t outs = p->params.flags & FLAG_OUT_FP32 ? (uintptr_t)c->out : 0;
+  return pieces % 16 || (words | outs) % 4 || halves % 2 ? MACHETE_LOADER_MISALIGNED : MACHETE_LOADER_OK;
+}
+
+// ---- launching ----
+
+static unsigned set_of(const map_key* key) {
+  uint64_t hash = key->address >> 4;
+  hash = (hash ^ key->dims[0] << 40 ^ key->dims[1] << 20 ^ key->dims[2] ^ (uint64_t)key->box[1] << 52);
+  hash *= UINT64_C(0x9e3779b97f4a7c15);
+  return (unsigned)(hash >> 59);  // the upper five bits depend on all others
+}
+_Static_assert(SETS == 32, "set_of returns five bits");
+
+// Points ``map`` at the tensor map of the activations: the thread's own, until it launches something else.
+static int tensor_map(const machete_loader_plan* p, const void* address, void** map) {
+  map_key key = {.address = (uintptr_t)address, .rank = p->rank};
+  memcpy(key.dims, p->dims, sizeof key.dims);
+  memcpy(key.strides, p->strides, sizeof key.strides);
+  memcpy(key.box, p->box, sizeof key.box);
+  map_set* set = &cache[set_of(&key)];
+  for (int i = 0; i < WAYS; ++i)
+    if (!memcmp(&set->keys[i], &key, sizeof key)) {
+      *map = set->maps[i];
+      return MACHETE_LOADER_OK;
+    }
+  static const uint32_t element_strides[3] = {1, 1, 1};
+  const unsigned way = set->oldest % WAYS;
+  set->keys[way].rank = 0;  // a failed encoding leaves nothing behind
+  const int result = ((encode_function*)driver(ENCODE))(set->maps[way], UINT16, key.rank, (void*)(uintptr_t)key.address,
+                                                        key.dims, key.strides, key.box, element_strides, NO_INTERLEAVE,
+                                                        SWIZZLE_128B, PROMOTE_256B, FILL_ZERO);
+  if (result) return failed(ENCODE, result);
+  set->keys[way] = key;
+  ++set->oldest;
+  *map = set->maps[way];
+  return MACHETE_LOADER_OK;
+}
+
+static int launch(const machete_loader_call* c, const machete_loader_plan* p) {
+  void* map;
+  const int encoded = tensor_map(p, c->acts, &map);
+  if (encoded) return encoded;
+  GemmParams params = p->params;
+  params.weights = c->weights;
+  params.scales = c->scales;
+  params.zeros = c->zeros;
+  params.bias = c->bias;
+  params.channel_scales = c->channel_scales;
+  params.token_scales = c->token_scales;
+  params.out = c->out;
+  params.workspace = c->workspace;
+  params.token = atomic_fetch_add_explicit(&next_token, 1, memory_order_relaxed);
+  if (p->options & MACHETE_LOADER_PAIRS && (uintptr_t)c->out % 4 == 0) params.flags |= FLAG_STORE_PAIRS;
+  launch_attribute attributes[2] = {{0}};
+  launch_config config = {.shared_memory = p->shared_memory, .stream = c->stream, .attributes = attributes};
+  memcpy(config.grid, p->grid, sizeof config.grid);
+  memcpy(config.block, p->block, sizeof config.block);
+  if (p->cluster[0] != 1 || p->cluster[1] != 1 || p->cluster[2] != 1) {
+    launch_attribute* attribute = &attributes[config.count++];
+    attribute->id = CLUSTER_DIMENSION;
+    memcpy(attribute->value.cluster, p->cluster, sizeof attribute->value.cluster);
+  }
+  if (c->options & MACHETE_LOADER_OVERLAP) {
+    launch_attribute* attribute = &attributes[config.count++];
+    attribute->id = PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute->value.allowed = 1;
+  }
+  void* parameters[2] = {map, &params};
+  return failed(LAUNCH, ((launch_function*)driver(LAUNCH))(&config, c->kernel, parameters, NULL));
+}
+
+int machete_loader_launch(const void* call) {
+  machete_loader_call c;
+  machete_loader_plan plan;
+  if (!atomic_load_explicit(&ready, memory_order_acquire)) return MACHETE_LOADER_NOT_INITIALISED;
+  if (!call) return MACHETE_LOADER_BAD_CALL;
+  memcpy(&c, call, sizeof(uint32_t[2]));  // no more before it is known that there is more
+  if (c.magic != MACHETE_LOADER_CALL || c.size != sizeof c) return MACHETE_LOADER_BAD_CALL;
+  memcpy(&c, call, sizeof c);
+  if (c.options & ~(uint32_t)MACHETE_LOADER_OVERLAP || c.reserved || !c.plan || !c.kernel)
+    return MACHETE_LOADER_BAD_CALL;
+  memcpy(&plan, c.plan, sizeof plan);
+  int status = check_plan(&plan);
+  if (!status) status = check_addresses(&c, &plan);
+  if (status) return status;
+  bool pushed = false;
+  if (c.context) {
+    void* current = NULL;
+    const int result = ((get_context_function*)driver(GET_CONTEXT))(&current);
+    if (result) return failed(GET_CONTEXT, result);
+    if (current != c.context) {
+      const int push = ((push_context_function*)driver(PUSH_CONTEXT))(c.context);
+      if (push) return failed(PUSH_CONTEXT, push);
+      pushed = true;
+    }
+  }
+  status = launch(&c, &plan);
+  if (pushed) {
+    void* popped;
+    const int result = ((get_context_function*)driver(POP_CONTEXT))(&popped);
+    if (!status && result) status = failed(POP_CONTEXT, result);
+  }
+  return status;
+}

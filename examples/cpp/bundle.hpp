@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// A bundle of kernels: opened for a trusted digest, every kernel checked before it is used (docs/distribution.md).
+#pragma once
+#include <zstd.h>
+
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "json.hpp"
+#include "sha256.hpp"
+
+class Bundle {
+ public:
+  // Reads the file and its manifest, which must have this SHA-256. Throws std::runtime_error.
+  Bundle(const std::string& path, const std::string& trusted) {
+    std::ifstream file(path, std::ios::binary);
+    data_.assign(std::istreambuf_iterator<char>(file), {});
+    if (!file) fail(path + " cannot be read");
+    // The end record leads to the directory, before which the manifest ends; the directory's last row has its size.
+    const std::size_t row_bytes = 46 + std::strlen("manifest.json");
+    if (data_.size() < 22 + row_bytes || number(data_.size() - 22) != 0x06054b50) fail(path + " is no bundle");
+    const std::size_t directory = number(data_.size() - 6), size = number(data_.size() - 22 - row_bytes + 24);
+    if (directory > data_.size() || size > directory) fail(path + " is damaged");
+    const std::string_view text = std::string_view(data_).substr(directory - size, size);
+    if (sha256(text) != trusted) fail("the manifest's SHA-256 is " + sha256(text) + ", trusted: " + trusted);
+    manifest = JsonReader::read(text);
+    if (manifest["schema"].integer() != 3) fail("this program reads manifests of schema 3");
+    const Json& shared = manifest["dictionary"];
+    dictionary_ = content(shared, shared["raw_size"].integer(), shared["raw_sha256"].text, {});
+  }
+
+  // The cubin of a kernel of the manifest.
+  std::string cubin(const Json& kernel) const {
+    return content(kernel["frame"], kernel["cubin"]["size"].integer(), kernel["cubin"]["sha256"].text, dictionary_);
+  }
+
+  Json manifest;
+
+ private:
+  [[noreturn]] static void fail(const std::string& what) { throw std::runtime_error(what); }
+
+  std::uint32_t number(std::size_t at) const {
+    std::uint32_t value = 0;
+    for (int i = 3; i >= 0; --i) value = value << 8 | static_cast<std::uint8_t>(data_[at + i]);
+    return value;
+  }
+
+  // What a frame holds: its digest is compared before it is decompressed, into no more bytes than are wanted.
+  std::string content(const Json& where, std::int64_t size, const std::string& digest,
+                      const std::string& before) const {
+    const auto offset = static_cast<std::uint64_t>(where["offset"].integer());
+    const auto length = static_cast<std::uint64_t>(where["length"].integer());
+    if (offset > data_.size() || length > data_.size() - offset || size < 0 || size > 16 << 20) fail("a bad frame");
+    const std::string_view frame = std::string_view(data_).substr(offset, length);
+    if (sha256(frame) != where["sha256"].text) fail("a frame is corrupt");
+    if (ZSTD_getFrameContentSize(frame.data(), frame.size()) != static_cast<unsigned long long>(size))
+      fail("a frame of another size than announced");
+    std::string found(static_cast<std::size_t>(size), '\0');
+    const std::unique_ptr<ZSTD_DCtx, decltype(&ZSTD_freeDCtx)> context(ZSTD_createDCtx(), ZSTD_freeDCtx);
+    ZSTD_DCtx_refPrefix(context.get(), before.data(), before.size());  // raw content, not a trained dictionary
+    const std::size_t got = ZSTD_decompressDCtx(context.get(), found.data(), found.size(), frame.data(), frame.size());
+    if (ZSTD_isError(got) || got != found.size()) fail("a frame that is not zstd");
+    if (sha256(found) != digest) fail("what a frame holds is corrupt");
+    return found;
+  }
+
+  std::string data_, dictionary_;
+};

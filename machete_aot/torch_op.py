@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.ops.machete_aot.gemm``: the product as an operator, for torch.compile, torch.export and dispatch modes.
+
+``machete_aot.gemm`` calls it where torch is tracing; called directly it gives the same results, with more overhead.
+``gemm_out`` writes into a tensor instead. The type of the weights goes by its name, "u4b8".
+
+Inference only: a backward pass through the operator raises UnsupportedError. Autocast does not touch it: a product is
+computed in the dtype of its activations, which must be that of the scales, whatever autocast says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from . import product, reference
+from .errors import ArgumentError, UnsupportedError
+from .scalar_type import scalar_type
+from .validate import check_gemm
+
+_Tensor = torch.Tensor
+_Optional = torch.Tensor | None
+# No tensor is an argument by keyword alone: register_autograd takes none.
+_ARGUMENTS = (
+    "Tensor a, Tensor b, str b_type, Tensor b_scales, Tensor? b_zeros=None, int? b_group_size=128, Tensor? bias=None, "
+    "Tensor? channel_scales=None, Tensor? token_scales=None, *, str? schedule=None, bool? overlap=None, "
+    "bool batch_invariant=False, str? activation=None, ScalarType? out_dtype=None"
+)
+_library = torch.library.Library("machete_aot", "FRAGMENT")
+_tags = tuple(  # a compiler must not restride the weights
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_fixed_stride_order") if hasattr(torch.Tag, name)
+)
+_library.define(f"gemm({_ARGUMENTS}) -> Tensor", tags=_tags)
+_library.define(f"gemm_out(Tensor(a!) out, {_ARGUMENTS}) -> ()", tags=_tags)
+
+
+def _on_cpu(
+    a: _Tensor,
+    b: _Tensor,
+    b_type: str,
+    b_scales: _Tensor,
+    b_zeros: _Optional = None,
+    b_group_size: int | None = 128,
+    bias: _Optional = None,
+    channel_scales: _Optional = None,
+    token_scales: _Optional = None,
+    *,
+    out: _Optional = None,
+    **options: Any,
+) -> _Tensor:
+    return reference.gemm(
+        a, b, scalar_type(b_type), b_scales, b_zeros, b_group_size, bias, out, channel_scales=channel_scales,
+        token_scales=token_scales, **options,
+    )  # fmt: skip
+
+
+def _on_cuda(
+    a: _Tensor,
+    b: _Tensor,
+    b_type: str,
+    b_scales: _Tensor,
+    b_zeros: _Optional = None,
+    b_group_size: int | None = 128,
+    bias: _Optional = None,
+    channel_scales: _Optional = None,
+    token_scales: _Optional = None,
+    *,
+    out: _Optional = None,
+    schedule: str | None = None,
+    overlap: bool | None = None,
+    batch_invariant: bool = False,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> _Tensor:
+    index = a.get_device()
+    return product.gemm_on(
+        index, product._current_stream(index), a, b, scalar_type(b_type), b_scales, b_zeros, b_group_size, bias, out,
+        schedule, overlap, batch_invariant, channel_scales, token_scales, activation, out_dtype,
+    )  # fmt: skip
+
+
+def _fake(
+    a: _Tensor,
+    b: _Tensor,
+    b_type: str,
+    b_scales: _Tensor,
+    b_zeros: _Optional = None,
+    b_group_size: int | None = 128,
+    bias: _Optional = None,
+    channel_scales: _Optional = None,
+    token_scales: _Optional = None,
+    *,
+    schedule: str | None = None,
+    overlap: bool | None = None,
+    batch_invariant: bool = False,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> _Tensor:
+    """A tensor like the result, after the checks of a real call."""
+    problem = check_gemm(
+        a, b, scalar_type(b_type), b_scales, b_zeros, b_group_size, bias, None, channel_scales=channel_scales,
+        token_scales=token_scales, activation=activation, out_dtype=out_dtype,
+    )  # fmt: skip
+    return a.new_empty((*problem.batch_shape, problem.out_columns), dtype=problem.out_dtype)
+
+
+def _into_out(on_device: Callable[..., _Tensor]) -> Callable[..., None]:
+    def run(out: _Tensor, *arguments: Any, **options: Any) -> None:
+        on_device(*arguments, out=out, **options)
+
+    return run
+
+
+def _fake_out(out: _Tensor, *arguments: Any, **options: Any) -> None:
+    result = _fake(*arguments, **options)
+    if out.dtype != result.dtype or out.shape != result.shape:
+        raise ArgumentError(
+            f"out must be {result.dtype} of shape {tuple(result.shape)}, got {out.dtype} of shape {tuple(out.shape)}"
+        )
+
+
+def _no_gradient(*_: Any) -> NoReturn:
+    raise UnsupportedError(
+        "machete_aot.gemm computes no gradients: it is for inference; call it under torch.no_grad(), or pass tensors "
+        "that do not require gradients"
+    )
+
+
+_library.impl("gemm", _on_cpu, "CPU")
+_library.impl("gemm", _on_cuda, "CUDA")
+_library.impl("gemm_out", _into_out(_on_cpu), "CPU")
+_library.impl("gemm_out", _into_out(_on_cuda), "CUDA")
+torch.library.register_fake("machete_aot::gemm", _fake, lib=_library)
+torch.library.register_fake("machete_aot::gemm_out", _fake_out, lib=_library)
+torch.library.register_autograd("machete_aot::gemm", _no_gradient, lib=_library)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ example: compiled, and run against the stub driver with a bundle of the real writer's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from machete_aot.bundle import Bundle
+from stub.bundles import BF16, NARROW, WIDE, make_bundle
+from stub.harness import build
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/csrc/loader", f"-I{ROOT}/csrc/kernels"]
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return make_bundle()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c, cpp = shutil.which("gcc") or shutil.which("cc"), shutil.which("g++") or shutil.which("c++")
+    if c is None or cpp is None:
+        pytest.skip("needs a C and a C++ compiler")
+    folder = tmp_path_factory.mktemp("cpp")
+    probe = folder / "probe.cpp"
+    probe.write_text("#include <zstd.h>\nint main() { return ZSTD_versionNumber() ? 0 : 1; }\n")
+    if subprocess.run([cpp, "-o", str(folder / "probe"), str(probe), "-lzstd"], capture_output=True).returncode:
+        pytest.skip("needs libzstd with its headers: apt-get install libzstd-dev")
+    part, program = folder / "loader.o", folder / "gemm"
+    subprocess.run([c, "-std=c11", *FLAGS, "-c", "-o", part, ROOT / "csrc/loader/machete_loader.c"], check=True)
+    main = ROOT / "examples" / "cpp" / "main.cpp"
+    subprocess.run([cpp, "-std=c++17", *FLAGS, "-o", program, main, part, "-lzstd", "-ldl"], check=True)
+    return program
+
+
+def run(program: Path, bundle: bytes, digest: str, *words: str) -> subprocess.CompletedProcess[str]:
+    path = program.with_name("bundle.zip")
+    path.write_bytes(bundle)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(build().parent)}
+    command = [program, path, digest, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("m", "tile"), [(5, NARROW), (64, WIDE), (100, WIDE)])
+def test_it_launches_a_kernel_of_the_bundle(program: Path, bundle: Bundle, m: int, tile: object) -> None:
+    assert tile in (NARROW, WIDE)
+    chosen = NARROW if tile is NARROW else WIDE
+    done = run(program, bundle.to_bytes(), bundle.manifest_sha256, str(m), "256", "512", "--launch-only")
+    assert done.returncode == 0, done.stderr
+    grid = f"{256 // chosen.rows} x {-(-m // chosen.tokens)}"
+    assert done.stdout == (
+        f"bf16_u4b8__{chosen.name}: launched {grid} CTAs of {chosen.threads} threads, "
+        f"{chosen.shared_memory(1, BF16)} bytes of shared memory\n"
+    )
+
+
+def test_it_looks_at_the_result(program: Path, bundle: Bundle) -> None:
+    """The stub computes nothing."""
+    done = run(program, bundle.to_bytes(), bundle.manifest_sha256)
+    assert (done.returncode, "expected 512" in done.stdout) == (1, True), done.stdout
+
+
+def test_it_trusts_nothing_else(program: Path, bundle: Bundle) -> None:
+    data = bundle.to_bytes()
+    done = run(program, data, "0" * 64)
+    assert done.returncode == 1
+    assert f"SHA-256 is {bundle.manifest_sha256}, trusted: {'0' * 64}" in done.stderr
+    used = {"the dictionary": bundle.manifest.dictionary.offset}
+    used["the kernel"] = bundle.manifest.kernel(f"bf16_u4b8__{NARROW.name}").frame.offset
+    for what, place in used.items():
+        wrong = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        done = run(program, wrong, bundle.manifest_sha256)
+        assert (done.returncode, done.stderr) == (1, "error: a frame is corrupt\n"), what
+    for length in (0, 21, 100, len(data) - 1):
+        assert run(program, data[:length], bundle.manifest_sha256).returncode == 1
+    assert run(program, data, bundle.manifest_sha256, "1", "2").returncode == 2
+    assert run(program, data, bundle.manifest_sha256, "1", "100", "100").returncode == 1
+
+
+def test_every_file_that_it_names_exists() -> None:
+    text = (ROOT / "examples" / "cpp" / "README.md").read_text()
+    for path in re.findall(r"\b(?:csrc|examples|machete_aot)/[\w/]+\.\w+", text):
+        assert (ROOT / path).exists() or path.endswith(".zip"), path
