@@ -11,6 +11,7 @@ from .errors import (
     BundleError,
     CacheError,
     CaptureError,
+    CheckpointError,
     CorruptError,
     DeviceError,
     DriverCallError,
@@ -28,7 +29,9 @@ from .scalar_type import ScalarType, u4, u4b8, u8, u8b128
 from .version import __version__
 
 try:
-    from . import reference
+    from . import nn, reference
+    from . import torch_op as torch_op
+    from .gate_up import interleave_gate_up, prepack_gate_up
     from .overlap import set_overlap
     from .prepack import prepack_b, unpack_b
     from .product import explain, gemm, supported_schedules, warmup
@@ -36,7 +39,10 @@ except ModuleNotFoundError as error:  # bundles can be built, verified and mirro
     if error.name != "torch":
         raise
     _NEED_TORCH = frozenset(
-        ["explain", "gemm", "prepack_b", "reference", "set_overlap", "supported_schedules", "unpack_b", "warmup"]
+        [
+            *("explain", "gemm", "interleave_gate_up", "nn", "prepack_b", "prepack_gate_up", "reference"),
+            *("set_overlap", "supported_schedules", "unpack_b", "warmup"),
+        ]
     )
 
     def __getattr__(name: str) -> object:
@@ -51,6 +57,7 @@ __all__ = [
     "BundleError",
     "CacheError",
     "CaptureError",
+    "CheckpointError",
     "CorruptError",
     "DeviceError",
     "DriverCallError",
@@ -67,7 +74,10 @@ __all__ = [
     "explain",
     "fetch_bundle",
     "gemm",
+    "interleave_gate_up",
+    "nn",
     "prepack_b",
+    "prepack_gate_up",
     "reference",
     "set_overlap",
     "supported_schedules",

@@ -95,3 +95,27 @@ class CacheError(UnreachableError):
 
 class IncompatibleError(BundleError):
     """The bundle is intact but not for this runtime: architecture, ABI or layout differ."""
+
+
+class CheckpointError(MacheteError, RuntimeError):
+    """A checkpoint or saved weights cannot be loaded. ``problems`` lists everything that is wrong, not just the first.
+
+    ``missing``: names of tensors that the model needs and the checkpoint lacks; ``unexpected``: the other way round.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        problems: Sequence[str] = (),
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+    ) -> None:
+        self.message, self.problems = message, tuple(problems)
+        self.missing, self.unexpected = tuple(missing), tuple(unexpected)
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        lines = [*self.problems, *(f"missing: {name}" for name in self.missing)]
+        lines += [f"unexpected: {name}" for name in self.unexpected]
+        return self.message + "".join(f"\n  - {line}" for line in lines)

@@ -50,9 +50,9 @@ def release(schedules: Sequence[ScheduleConfig] = SCHEDULES) -> Release:
     return Release(
         version="0.1.0",
         arch="sm90a",
-        toolchain=Toolchain("13.0.88", "13.0.88", "4.2.0", ("-O3",)),
+        toolchain=Toolchain("13.0.88", "12.9.86", "4.2.0", ("-O3",)),
         source_digest=hashlib.sha256(b"sources").hexdigest(),
-        schedules=tuple(schedules),
+        served=tuple((types, schedule) for schedule in schedules for types in TYPES),
         heuristic=Heuristic(2, (table,)),
     )
 

@@ -21,13 +21,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import chain, compare
+from benchmarks import chain, compare, sweep
+from build_kernels import catalogue
 from machete_aot import bench, bench_report, cli, cli_bench, clocks, peers, plot, timing
 from machete_aot.bench import CUBLAS, OURS, Plan, Row, Timing
+from machete_aot.config import ProductTypes
 from machete_aot.errors import ArgumentError, DeviceError
 from machete_aot.fetch import use_bundle
 from machete_aot.peers import Cublas, find_peers
-from machete_aot.timing import H100, H200, Layer, Multiply, Weights, ceiling_of, floor_us
+from machete_aot.timing import H100, H200, KINDS, Layer, Multiply, Weights, ceiling_of, floor_us
 
 TINY = Plan(((192, 256), (64, 384)), (1, 5), torch.bfloat16, 128, 3)
 
@@ -137,6 +139,7 @@ def test_defaults_are_those_of_the_figures() -> None:
     assert list(bench.TOKENS) == document["tokens"]
     options = options_of()
     assert (options.shapes, options.tokens, options.dtype, options.group) == (None, None, "bf16", 128)
+    assert options.weights == Plan().weights.name == "u4b8" and tuple(KINDS) == cli_bench.WEIGHTS
     assert options.peers == tuple(peers.PEERS) and options.json_path is None and options.json is False
 
 
@@ -149,6 +152,8 @@ def test_other_options() -> None:
     options = options_of("--tokens", "8,1,8", "--group", "-1", "--dtype", "fp16", "--peers", "none", "--rounds", "5")
     assert (options.tokens, options.group, options.dtype, options.peers, options.rounds) == ((8, 1), -1, "fp16", (), 5)
     assert options_of("--peers", "humming,cublas").peers == ("humming", "cublas")
+    options = options_of("--weights", "u4+int-zeros", "--group", "32")
+    assert (options.weights, options.group) == ("u4+int-zeros", 32)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +167,8 @@ def test_other_options() -> None:
         ("--tokens", "0"),
         ("--tokens", "1,"),
         ("--tokens", "x"),
-        ("--group", "96"),
+        ("--group", "48"),
+        ("--weights", "u4b8+zeros"),
         ("--group", "0"),
         ("--group", "-2"),
         ("--dtype", "fp32"),
@@ -245,13 +251,17 @@ def test_floors() -> None:
     assert floor_us(1, 8192, 8192, 128, H200) == pytest.approx(moved / 4.69e6)
     assert floor_us(1, 8192, 8192, -1) == pytest.approx((8192 * 8192 / 2 + 8192 * 2 + 2 * 16384) / 3.0e6)
     assert floor_us(4096, 8192, 8192) == pytest.approx(2 * 4096 * 8192 * 8192 / 790e6)
+    for name, weights, zeros in (("u8b128", 1, 0), ("u4+zeros", 0.5, 2), ("u8+int-zeros", 1, 1)):
+        moved = 8192 * 8192 * weights + 64 * 8192 * (2 + zeros) + 2 * (8192 + 8192)
+        assert floor_us(1, 8192, 8192, kind=KINDS[name]) == pytest.approx(moved / 3.0e6)
 
 
 def test_copies_are_cold_and_different() -> None:
     weights = Weights.make(2048, 2048, 128, torch.float16, "cpu")
     assert len(weights.copies) * 2048 * 2048 / 2 >= timing.COLD_BYTES
     assert weights.plain_copies * 2048 * 2048 * 2 >= timing.COLD_BYTES
-    (first, scales), (second, _) = weights.copies[:2]
+    (first, scales, zeros), (second, *_) = weights.copies[:2]
+    assert zeros is None
     assert first.shape == (256, 2048) and scales.shape == (16, 2048) and scales.dtype == torch.float16
     assert not torch.equal(first, second)
 
@@ -262,11 +272,43 @@ def test_each_layer_of_a_chain_has_its_own_weights_in_16_bits(monkeypatch: pytes
     assert Weights.make(64, 64, 128, torch.float16, "cpu", copies=3).plain_copies == 3
 
 
+@pytest.mark.parametrize("kind", list(KINDS.values()), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_kinds_of_weights_are_multiplied_by_what_they_stand_for(
+    kind: timing.WeightKind, dtype: torch.dtype
+) -> None:
+    weights = Weights.make(96, 192, 32, dtype, "cpu", copies=2, kind=kind)
+    layer, b_type = Layer(weights), kind.b_type
+    for copy, (words, scales, zeros) in enumerate(weights.copies):
+        per = b_type.per_int32
+        assert words.shape == (192 // per, 96) and (zeros is None) == (kind.zeros == "none")
+        codes = torch.stack([words >> (b_type.bits * i) & (1 << b_type.bits) - 1 for i in range(per)], 1).flatten(0, 1)
+        values = (codes - b_type.bias).double()
+        if zeros is not None and kind.zeros == "int":
+            assert zeros.dtype == torch.uint8 and int(zeros.max()) < 1 << b_type.bits
+            values -= zeros.repeat_interleave(32, 0)
+        values *= scales.repeat_interleave(32, 0).double()
+        if zeros is not None and kind.zeros == "float":
+            assert zeros.dtype == dtype
+            values -= zeros.repeat_interleave(32, 0).double()
+        a, out, _ = layer.buffers(4)
+        for multiply in (layer.ours(), timing.cublas(weights)):
+            assert bench.relative_error(multiply(copy, a, out.fill_(0)), a.double() @ values) < 1e-2
+        expected = bench.reference_product(layer, 4)
+        assert bench.check(layer.ours(), layer, 4, expected, 1e-9).problem is None
+
+
+def test_a_sweep_multiplies_by_weights_that_no_better_kernels_serve() -> None:
+    for swept in catalogue.TYPES:
+        kind = sweep.kind_of(swept)
+        assert ProductTypes(swept.a, kind.b_type.name, kind.zeros, fine=False).kernel_types()[0] == swept
+
+
 @pytest.mark.parametrize("group", [-1, 64])
 def test_cublas_and_ours_multiply_by_the_same_values(group: int) -> None:
     weights = Weights.make(96, 192, group, torch.bfloat16, "cpu", copies=3)
     layer = Layer(weights)
-    for copy, (words, scales) in enumerate(weights.copies):
+    for copy, (words, scales, _) in enumerate(weights.copies):
         codes = torch.stack([words >> (4 * i) & 15 for i in range(8)], dim=1).flatten(0, 1) - 8
         expected = codes.to(torch.bfloat16) * scales.repeat_interleave(192 if group == -1 else group, dim=0)
         a, out, _ = layer.buffers(4)
@@ -326,6 +368,16 @@ def test_a_peer_that_fails_or_is_wrong_is_not_timed(
         assert bad.us is None and re.fullmatch(problem, bad.problem or "")
         assert (row.ours.us, row.peers["good"].us) == (10, 20)  # the times go to the graphs that there are
         assert row.best == ("good", 20)
+
+
+@pytest.mark.parametrize("name", ["u8b128", "u4+zeros", "u8+int-zeros"])
+def test_other_weights_are_benched(no_gpu: None, name: str) -> None:
+    plan = replace(TINY, weights=KINDS[name], group=32)
+    for row in bench.run(plan, [Cublas(), FakePeer("good", good)], device="cpu"):
+        assert (row.ours.us, row.peers[CUBLAS].us, row.peers["good"].us) == (10, 20, 30)
+        assert row.floor_us == floor_us(row.m, row.n, row.k, 32, kind=KINDS[name])
+        types = f"{'u8' if name[1] == '8' else 'u4'}_{'int' if 'int' in name else 'float'}"
+        assert row.schedule in {s.name for t, s in catalogue.typed_schedules() if t.name == f"bf16_{types}"}
 
 
 def test_a_peer_may_round_elsewhere(no_gpu: None) -> None:
@@ -401,30 +453,37 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> types.
     return made
 
 
-def plain(words: torch.Tensor, scales: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """a @ weights, from GPTQ-packed words [K / 8, N] and scales [groups, N]."""
-    codes = torch.stack([words >> (4 * i) & 15 for i in range(8)], dim=1).flatten(0, 1) - 8
-    weights = codes.to(a.dtype) * scales.repeat_interleave(codes.shape[0] // scales.shape[0], dim=0)
+def plain(
+    words: torch.Tensor, scales: torch.Tensor, a: torch.Tensor, bits: int = 4, bias: int = 8, zeros: Any = None
+) -> torch.Tensor:
+    """a @ weights, from GPTQ-packed words [K / 8, N], scales [groups, N] and zeros that are added."""
+    codes = torch.stack([words >> (bits * i) & (1 << bits) - 1 for i in range(32 // bits)], dim=1).flatten(0, 1) - bias
+    group = codes.shape[0] // scales.shape[0]
+    weights = codes.to(a.dtype) * scales.repeat_interleave(group, dim=0)
+    if zeros is not None:
+        weights += zeros.repeat_interleave(group, dim=0)
     return (a.double() @ weights.double()).to(a.dtype)
 
 
-U4B8 = object()
+VLLM_TYPES = {"uint4b8": (4, 8), "uint8b128": (8, 128), "uint4": (4, 0), "uint8": (8, 0)}  # bits, bias
 
 
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's functions as the adapters call them, with weights left as they are."""
 
-    def prepack(words: torch.Tensor, a_type: torch.dtype, b_type: object, group_scales_type: torch.dtype) -> Any:
-        assert words.t().is_contiguous() and a_type == group_scales_type and b_type is U4B8
+    def prepack(words: torch.Tensor, a_type: torch.dtype, b_type: Any, group_scales_type: torch.dtype) -> Any:
+        assert words.t().is_contiguous() and a_type == group_scales_type and b_type in VLLM_TYPES.values()
         return words
 
-    def machete(*, a: Any, b_q: Any, b_type: object, b_group_scales: Any, b_group_size: int) -> torch.Tensor:
-        assert b_type is U4B8 and b_group_size == (-1 if len(b_group_scales) == 1 else 64)
-        return plain(b_q, b_group_scales, a)
+    def machete(
+        *, a: Any, b_q: Any, b_type: Any, b_group_scales: Any, b_group_size: int, b_group_zeros: Any = None
+    ) -> torch.Tensor:
+        assert b_type in VLLM_TYPES.values() and b_group_size == (-1 if len(b_group_scales) == 1 else 64)
+        return plain(b_q, b_group_scales, a, *b_type, zeros=b_group_zeros)
 
     def repack(words: torch.Tensor, perm: torch.Tensor, k: int, n: int, bits: int) -> torch.Tensor:
-        assert perm.numel() == 0 and words.shape == (k // 8, n) and bits == 4
+        assert perm.numel() == 0 and words.shape == (k * bits // 32, n)
         return words
 
     def permute(scales: torch.Tensor, *, size_k: int, size_n: int, group_size: int) -> torch.Tensor:
@@ -432,16 +491,16 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         return scales
 
     def marlin(*, input: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, **rest: Any) -> torch.Tensor:
-        assert rest["wtype"] is U4B8 and rest["is_k_full"] and rest["workspace"] == "workspace"
+        assert rest["is_k_full"] and rest["workspace"] == "workspace"
         assert (rest["output_size_per_partition"], rest["input_size_per_partition"]) == (96, 192)
-        return plain(weight, weight_scale, input)
+        return plain(weight, weight_scale, input, *rest["wtype"])
 
     module(monkeypatch, "vllm", __version__="0.99")
     operations = module(
         monkeypatch, "vllm._custom_ops", machete_prepack_B=prepack, machete_mm=machete, gptq_marlin_repack=repack
     )
     sys.modules["vllm"]._custom_ops = operations  # type: ignore[attr-defined]
-    module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(uint4b8=U4B8))
+    module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(**VLLM_TYPES))
     parts = ["vllm", "model_executor", "layers", "quantization", "utils"]
     for count in range(2, len(parts) + 1):
         module(monkeypatch, ".".join(parts[:count]))
@@ -466,6 +525,27 @@ def test_vllm_gets_the_same_weights(fake_vllm: None, name: str, group: int) -> N
     a, out, _ = layer.buffers(3)
     assert bench.relative_error(multiply(1, a, out), expected) > 0.1  # another copy, other values
     assert torch.equal(multiply(2, a, out), multiply(0, a, out))
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("machete", set(KINDS)), ("marlin", {"u4b8", "u8b128"}), ("humming", {"u4b8"})]
+)
+def test_adapters_say_which_weights_they_know(
+    fake_vllm: None, monkeypatch: pytest.MonkeyPatch, name: str, kinds: set[str]
+) -> None:
+    module(monkeypatch, "humming", __version__="0.1.19")
+    module(monkeypatch, "humming.layer", HummingLayer=FakeHummingLayer)
+    module(monkeypatch, "humming.tune", get_heuristics_config=lambda config, device: [(0, 100, {})])
+    (peer,), _ = find_peers([name])
+    for kind in KINDS.values():
+        layer = Layer(Weights.make(96, 192, 64, torch.float16, "cpu", copies=2, kind=kind))
+        if kind.name not in kinds:
+            with pytest.raises(ValueError, match=re.escape(f"not {kind.name}")):
+                peer.prepare(layer.weights, (3,))
+            continue
+        multiply = peer.prepare(layer.weights, (3,))
+        expected = bench.reference_product(layer, 3)
+        assert bench.check(multiply, layer, 3, expected, bench.PEER_FACTOR * 3.5e-4).problem is None
 
 
 class FakeHummingLayer:
@@ -620,6 +700,7 @@ def test_the_command_prints_and_writes(
     document = json.loads(path.read_text())
     assert document["command"] == " ".join(["machete-aot", "bench", *arguments])
     assert (document["types"], document["group"], document["rounds"]) == ("fp16", 64, bench.ROUNDS)
+    assert document["weights"] == "u4b8"
     assert document["torch"] == torch.__version__ and re.fullmatch("[0-9a-f]{64}", document["bundle"])
     assert document["clocks"] == {"sm_mhz": {"min": 1755, "median": 1755, "max": 1755}, "memory_mhz": None}
     assert document["device"] == {"name": "none", "driver": "580.1"}
@@ -789,6 +870,7 @@ def test_nothing_is_scaled_without_cublas_or_figures() -> None:
 )
 def test_figures_are_of_one_kind_of_card(name: str, group: int, scales: bool) -> None:
     assert compare.comparable(name, group) is scales
+    assert compare.comparable(name, group, "u8b128") is False
 
 
 @pytest.mark.parametrize("card", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])

@@ -31,6 +31,7 @@ from machete_aot.errors import (
     UntrustedError,
 )
 from machete_aot.manifest import LayoutInfo, Manifest, dump_manifest, parse_manifest
+from machete_aot.manifest_rules import SCHEMA
 from small_bundle import products, rewritten, small_bundle
 
 DATA, TEXT, DIGEST = small_bundle()
@@ -270,7 +271,10 @@ def test_newer_schemas_and_invalid_manifests() -> None:
     data, digest = rewritten(json.dumps({"schema": 5}).encode())
     with pytest.raises(SchemaTooNewError):
         open_bundle(data, manifest_sha256=digest)
-    data, digest = rewritten(json.dumps({"schema": 1}).encode())
+    data, digest = rewritten(json.dumps({"schema": SCHEMA - 1}).encode())
+    with pytest.raises(IncompatibleError, match="from an older version"):
+        open_bundle(data, manifest_sha256=digest)
+    data, digest = rewritten(json.dumps({"schema": SCHEMA}).encode())
     with pytest.raises(BundleError) as caught:
         open_bundle(data, manifest_sha256=digest)
     assert len(caught.value.problems) == 10
@@ -329,6 +333,25 @@ def test_a_damaged_bundle_is_not_copied() -> None:
         with pytest.raises(CorruptError):
             bundle.to_bytes()
     assert opened().to_bytes() == DATA
+
+
+def test_a_file_of_unknown_size_is_read_to_its_end(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.write_bytes, DATA)
+        assert bundle_module.read_file(pipe) == DATA
+        assert written.result() == len(DATA)
+
+
+def test_a_file_above_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "b.zip"
+    path.write_bytes(DATA)
+    monkeypatch.setattr(bundle_module, "MAX_BUNDLE_BYTES", len(DATA))
+    assert bundle_module.read_file(path) == DATA
+    monkeypatch.setattr(bundle_module, "MAX_BUNDLE_BYTES", len(DATA) - 1)
+    with pytest.raises(BundleError, match="larger than"):
+        bundle_module.read_file(path)
 
 
 def test_the_size_follows_from_the_manifest() -> None:

@@ -202,6 +202,10 @@ def test_list_shows_every_kernel_and_schedule(capsys: pytest.CaptureFixture[str]
     assert document["bundle"]["manifest_sha256"] == embedded.manifest_sha256
     assert [k["id"] for k in document["kernels"]] == [k.id for k in embedded.manifest.kernels]
     assert [s["name"] for s in document["schedules"]] == [s.name for s in embedded.manifest.schedules]
+    assert [tuple(s["types"]) for s in document["schedules"]] == [s.types for s in embedded.manifest.schedules]
+    first, fact = embedded.manifest.kernels[0], document["kernels"][0]
+    used = [first.tile.shared_memory(s.split, first.types) for s in embedded.manifest.schedules_of(first)]
+    assert fact["shared_memory"] == max(used)
     assert all(k.id in out for k in embedded.manifest.kernels)
     assert all(s.name in out for s in embedded.manifest.schedules)
 
@@ -219,9 +223,22 @@ def test_explain_names_the_schedule_that_is_selected(capsys: pytest.CaptureFixtu
 
 
 def test_explain_of_what_the_bundle_lacks(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, "explain", 1, 128, 128, "--b", "u8")
+    status, out, err = run(capsys, "explain", 1, 128, 128, "--b", "u4b8", "--zeros", "float")
     assert (status, out) == (1, "")
-    assert err.startswith("machete-aot: ") and "no kernels for bf16_u8, it has bf16_u4b8" in err
+    assert err.startswith("machete-aot: ") and "no kernels for bf16 x u4b8 with floating zeros; it has bf16_u4" in err
+    status, out, err = run(capsys, "explain", 1, 128, 128, "--group", 48)
+    assert (status, out) == (2, "") and "multiple of 32" in err
+
+
+def test_explain_of_other_types(capsys: pytest.CaptureFixture[str], embedded: Bundle) -> None:
+    for types, arguments in (
+        ("bf16_u4b8", ()),
+        ("bf16_u4_float", ("--group", 32)),
+        ("fp16_u8_any", ("--a", "fp16", "--b", "u8", "--zeros", "int")),
+        ("bf16_u8_float", ("--b", "u8b128", "--batch-invariant")),
+    ):
+        status, out, _ = run(capsys, "explain", 16, 4096, 4096, *arguments, "--json")
+        assert status == 0 and json.loads(out)["types"] == types
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,11 @@ def test_signatures() -> None:
     parameters = inspect.signature(machete_aot.gemm).parameters
     assert list(parameters) == [
         "a", "b", "b_type", "b_scales", "b_zeros", "b_group_size", "bias", "out", "schedule", "overlap",
-        "batch_invariant",
+        "batch_invariant", "channel_scales", "token_scales", "activation", "out_dtype",
     ]  # fmt: skip
+    assert list(inspect.signature(machete_aot.reference.gemm).parameters) == list(parameters)
+    for name in ("channel_scales", "token_scales", "activation", "out_dtype"):
+        assert (parameters[name].kind, parameters[name].default) == (inspect.Parameter.KEYWORD_ONLY, None)
     assert parameters["b_group_size"].default == 128
     for call in (machete_aot.gemm, machete_aot.reference.gemm, machete_aot.warmup, machete_aot.explain):
         added = inspect.signature(call).parameters["batch_invariant"]
@@ -120,7 +123,10 @@ try:
 except AttributeError:
     print("nothing")
 """
-    names = ("explain", "gemm", "prepack_b", "reference", "set_overlap", "supported_schedules", "unpack_b", "warmup")
+    names = (
+        *("explain", "gemm", "interleave_gate_up", "nn", "prepack_b", "prepack_gate_up", "reference", "set_overlap"),
+        *("supported_schedules", "unpack_b", "warmup"),
+    )
     assert python(code, tmp_path).split("\n") == [*(f"{name} True" for name in names), "nothing", ""]
 
 

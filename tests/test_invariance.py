@@ -26,8 +26,8 @@ from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from machete_aot.invariance import REPRESENTATIVE_M, InvariantExplanation, Share, choose_order, reduction_order
 from machete_aot.launch import choose
 from machete_aot.manifest import Heuristic, Manifest
+from machete_aot.operands import run_kernel
 from machete_aot.part import H100, Part
-from machete_aot.product import run_kernel
 from machete_aot.selection import COEFFICIENTS
 from machete_aot.validate import check_gemm
 from quantised import gptq, random_codes
@@ -344,7 +344,7 @@ def test_launches_have_the_order(stub: Stub, n: int, k: int) -> None:
         for m in tokens:
             problem = check_gemm(torch.empty(m, k).bfloat16(), b, machete.u4b8, scales, None, 128, None, None)
             out = torch.empty(m, n).bfloat16()
-            run_kernel(bundle(), BF16, problem, b, out, None, None, 0, STREAM, batch_invariant)
+            run_kernel(bundle(), BF16, problem, b, machete.u4b8, out, None, None, 0, STREAM, batch_invariant)
     invariant, free = stub.launches[: len(tokens)], stub.launches[len(tokens) :]
     orders = [launched_order(launch, k) for launch in invariant]
     assert all(order == orders[0] for order in orders)

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from machete_aot.config import TypeConfig
-from machete_aot.errors import BundleError, MissingError, SchemaTooNewError
-from machete_aot.manifest import dump_manifest, kernel_id, parse_manifest
+from machete_aot.config import ProductTypes, TileConfig, TypeConfig
+from machete_aot.decode import MAX_INTEGER, MAX_STRING, _column_decoder, _Misfit, decode, decode_and_explain
+from machete_aot.errors import BundleError, IncompatibleError, MissingError, SchemaTooNewError
+from machete_aot.manifest import Manifest, dump_manifest, kernel_id, parse_manifest
+from machete_aot.manifest_rules import SCHEMA
 from small_bundle import SCHEDULES, TILES, TYPES, small_bundle
 
 TEXT = small_bundle()[1]
@@ -46,15 +49,15 @@ def test_every_field_of_the_contract_is_there() -> None:
         *("schema", "bundle", "abi", "layouts", "toolchain", "provenance", "compat"),
         *("dictionary", "kernels", "schedules", "heuristic"),
     }
-    assert DOCUMENT["abi"] == {"version": 2, "parameters": [[0, 128], [128, 104]]}
-    assert DOCUMENT["compat"] == {"compute_capability": [9, 0], "min_driver": 13000, "elf_abi": 8}
+    assert DOCUMENT["abi"] == {"version": 3, "parameters": [[0, 128], [128, 136]]}
+    assert DOCUMENT["compat"] == {"compute_capability": [9, 0], "min_driver": 12000, "elf_abi": 7}
     kernel = DOCUMENT["kernels"][0]
     assert kernel["symbol"] == "machete_" + kernel["id"]
     assert set(kernel) == {
         *("id", "symbol", "layout", "types", "tile", "threads", "registers", "spills", "static_shared_memory"),
         *("frame", "cubin"),
     }
-    assert [set(s) for s in DOCUMENT["schedules"]] == [{"name", "tile", "split", "even_ctas", "shared_memory"}] * 4
+    assert [set(s) for s in DOCUMENT["schedules"]] == [{"name", "tile", "split", "even_ctas", "types"}] * 4
 
 
 def test_lookups() -> None:
@@ -65,7 +68,10 @@ def test_lookups() -> None:
     kernel = MANIFEST.kernel(kernel_id(bf16, stream.name))
     assert (kernel.types, kernel.tile) == (bf16, stream)
     assert MANIFEST.kernel_for(bf16, SCHEDULES[1].name) is kernel
-    assert MANIFEST.schedule(SCHEDULES[1].name).shared_memory == stream.shared_memory(2)
+    assert MANIFEST.schedule(SCHEDULES[1].name).types == tuple(t.name for t in TYPES)
+    assert [s.name for s in MANIFEST.schedules_of(kernel)] == [s.name for s in SCHEDULES if s.tile == stream]
+    assert MANIFEST.types_for(ProductTypes("bf16", "u4b8", "none", False)) == bf16
+    assert MANIFEST.types_for(ProductTypes("bf16", "u4", "none", False)) is None
 
 
 def test_lookups_of_what_is_not_there() -> None:
@@ -78,8 +84,38 @@ def test_lookups_of_what_is_not_there() -> None:
 
 def test_a_newer_schema_is_told_from_a_damaged_manifest() -> None:
     with pytest.raises(SchemaTooNewError) as caught:
-        parse_manifest(json.dumps({"schema": 3, "unheard": "of"}).encode())
-    assert (caught.value.have, caught.value.want) == (3, 2)
+        parse_manifest(json.dumps({"schema": SCHEMA + 1, "unheard": "of"}).encode())
+    assert (caught.value.have, caught.value.want) == (SCHEMA + 1, SCHEMA) == (4, 3)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_an_older_schema_is_told_from_a_damaged_manifest(schema: int) -> None:
+    """Its other fields are those of that schema, and say nothing about damage."""
+    with pytest.raises(IncompatibleError, match=f"schema {schema}, from an older version of machete-aot") as caught:
+        parse_manifest(json.dumps({"schema": schema, "heard": "of"}).encode())
+    assert caught.value.problems == (f"schema: {schema} is not 3",)
+
+
+def test_types_may_share_a_tile_and_divide_k_otherwise() -> None:
+    """Schedules are those of their types, not of all that have a kernel with the tile."""
+
+    def change(document: Any) -> None:
+        (schedule,) = (s for s in document["schedules"] if s["name"] == SCHEDULES[1].name)
+        schedule["types"] = [TYPES[1].name]
+        del document["heuristic"]["tables"][0]["coefficients"][TYPES[0].name][SCHEDULES[1].name]
+
+    document = copy.deepcopy(DOCUMENT)
+    change(document)
+    manifest = parse_manifest(json.dumps(document).encode())
+    first, second = ([s.name for s in manifest.schedules_for(types)] for types in TYPES)
+    assert [*first[:1], SCHEDULES[1].name, *first[1:]] == second == [s.name for s in SCHEDULES]
+    assert [s.name for s in manifest.schedules_of(manifest.kernel(kernel_id(TYPES[0], TILES[0].name)))] == first[:1]
+
+
+def test_more_stages_are_fine_where_they_fit() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    with_stages(0, 9)(document)
+    assert len(parse_manifest(json.dumps(document).encode()).schedules) > len(MANIFEST.schedules)
 
 
 def test_all_problems_are_listed_at_once() -> None:
@@ -120,6 +156,26 @@ def schedule(index: int, suffix: str, **changes: Any) -> Callable[[Any], None]:
     return change
 
 
+def with_stages(index: int, stages: int) -> Callable[[Any], None]:
+    """Gives a kernel and its schedules a tile of so many stages."""
+
+    def change(document: Any) -> None:
+        kernel = document["kernels"][index]
+        old = TileConfig(**kernel["tile"])
+        tile = replace(old, stages=stages)
+        types = TypeConfig(**kernel["types"])
+        kernel.update(
+            tile=asdict(tile), id=kernel_id(types, tile.name), symbol="machete_" + kernel_id(types, tile.name)
+        )
+        del document["heuristic"]["tables"][0]
+        for found in [s for s in document["schedules"] if s["tile"] == old.name]:
+            found["types"].remove(types.name)
+            name = found["name"].replace(old.name, tile.name)
+            document["schedules"].append({**found, "name": name, "tile": tile.name, "types": [types.name]})
+
+    return change
+
+
 def swap_frames(document: Any) -> None:
     document["kernels"][0]["frame"]["offset"] = document["kernels"][1]["frame"]["offset"]
 
@@ -142,6 +198,10 @@ def swap_frames(document: Any) -> None:
         (nested("tile", family="banana"), "tile.family"),
         (nested("tile", tokens=12), "multiple of 8"),
         (nested("tile", stages=0), "tile.stages: 0"),
+        (nested("tile", cluster=3), "tile.cluster: 3 is not within 1..2"),
+        (nested("tile", cluster=2, units=3), "tile.cluster: 2 in family 'flat' with 3 units"),
+        (nested("tile", cluster=2, units=2, family="stream"), "tile.cluster: 2 in family 'stream'"),
+        (lambda d: d["kernels"][0]["tile"].pop("cluster"), "tile.cluster: missing"),
         (nested("types", a="../x"), "types.a"),
         (nested("frame", offset=-1), "frame: bytes -1"),
         (nested("frame", length=0), "frame: bytes"),
@@ -154,7 +214,7 @@ def swap_frames(document: Any) -> None:
         (section("dictionary", offset=0, length=10**6), "overlap"),
         (section("bundle", version="0 1"), "bundle.version"),
         (section("provenance", source_digest=""), "source_digest"),
-        (section("abi", parameters=[[0, 128], [100, 104]]), "abi.parameters"),
+        (section("abi", parameters=[[0, 128], [100, 136]]), "abi.parameters"),
         (section("abi", parameters=[[0, 128, 1]]), "expected 2 values, found 3"),
         (table(coefficients={"int3": {}}), "int3"),
         (table(coefficients={TYPES[0].name: {"x": {}}}), "'x', which the bundle lacks"),
@@ -179,8 +239,13 @@ def swap_frames(document: Any) -> None:
         (schedule(0, "e1", split=0, even_ctas=1), "split 0, which family stream does not have"),
         (schedule(3, "x2", split=2, even_ctas=0), "split 2, which family flat does not have"),
         (lambda d: d["schedules"][3].pop("even_ctas"), "even_ctas: missing"),
-        (lambda d: d["schedules"][0].update(shared_memory=240 * 1024), "shared_memory"),
         (lambda d: d["schedules"][0].update(tile="none"), "no kernel has its tile"),
+        (lambda d: d["schedules"][0].update(types=[]), "types: empty"),
+        (lambda d: d["schedules"][0].update(types=["bf16_u4b8", "bf16_u4b8"]), "types 'bf16_u4b8' occurs twice"),
+        (lambda d: d["schedules"][0].update(types=["bf16_u4_any"]), "no kernel has its tile"),
+        (nested("types", b="u9"), "types.b: 'u9' is none of u4b8"),
+        (nested("types", zeros="some"), "types.zeros: 'some' is none of none, float"),
+        (with_stages(0, 64), "bytes of shared memory for bf16_u4b8, where a CTA has 232448 at most"),
         (lambda d: d.update(schema=0), "schema: 0"),
         (lambda d: d.update(schema="1"), "expected int"),
         (lambda d: d.update(kernels=[]), "kernels: empty"),
@@ -260,3 +325,114 @@ def test_flipped_bytes_never_escape_as_other_errors(at: int, mask: int) -> None:
         assert parse_manifest(bytes(damaged)) != MANIFEST or json.loads(damaged) == DOCUMENT
     except BundleError as e:
         assert e.problems or isinstance(e, SchemaTooNewError)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """All of its fields are of str or int: equal ones are made once."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Everything:
+    """A field of each form that annotations may have."""
+
+    text: str
+    ratio: float
+    maybe: float | None
+    flag: bool
+    several: tuple[int | str, ...]
+    spans: tuple[tuple[int, float], ...]
+    pairs: tuple[Pair, ...]
+    table: Mapping[str, Mapping[str, float]]
+
+
+def decoders_agree(kind: Any, document: Any) -> bool:
+    """Whether the document is of this kind, about which both decoders must be of one opinion."""
+    problems: list[str] = []
+    explained = decode_and_explain(kind, document, "it", problems)
+    try:
+        by_columns = _column_decoder(kind)([document])[0]
+    except _Misfit:
+        assert problems
+        return False
+    assert not problems
+    assert repr(by_columns) == repr(explained)  # tells 1 from 1.0, and 0.0 from -0.0
+    return True
+
+
+def changed(document: Any, path: tuple[Any, ...], value: Any, drop: bool) -> Any:
+    """A copy in which another value is at this path, or none."""
+    document = copy.deepcopy(document)
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    if drop:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return document
+
+
+def texts(most: int = 3) -> st.SearchStrategy[str]:
+    return st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), max_size=most)
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-2, 2)
+EVERYTHING = st.fixed_dictionaries(
+    {
+        "text": texts(),
+        "ratio": NUMBERS,
+        "maybe": st.none() | NUMBERS,
+        "flag": st.booleans(),
+        "several": st.lists(st.integers(-(2**53), 2**53) | texts(), max_size=4),
+        "spans": st.lists(st.tuples(st.integers(-2, 2), NUMBERS).map(list), max_size=3),
+        "pairs": st.lists(st.fixed_dictionaries({"name": texts(1), "count": st.integers(0, 1)}), max_size=4),
+        "table": st.dictionaries(texts(), st.dictionaries(texts(), NUMBERS, max_size=3), max_size=3),
+    }
+)
+MISFITS = st.sampled_from(
+    [
+        *(True, None, 1, 1.0, -0.0, 2**53, -(2**53) - 1, 10**400, 1e308, float("nan"), float("inf"), "", "a", "a\n"),
+        *("\ud800", "x" * MAX_STRING, "x" * (MAX_STRING + 1), [], [1], [1, 2.5], [[]], [1, 2, 3], {}, {"": 1.0}),
+        *({"a": "a"}, {"\n": {}}, {"a\n": 1}, {"name": "a", "count": 1}, {"name": "a", "count": 1, "more": 1}),
+        {"name": "a", "counts": 1},
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(document=EVERYTHING, data=st.data())
+def test_both_decoders_agree_on_everything(document: Any, data: st.DataObject) -> None:
+    assert decoders_agree(Everything, document)
+    path = data.draw(st.sampled_from(paths(document)[1:]))
+    decoders_agree(Everything, changed(document, path, data.draw(MISFITS | VALUES), data.draw(st.booleans())))
+
+
+@settings(max_examples=300, deadline=None)
+@given(path=st.sampled_from(paths(DOCUMENT)[1:]), value=MISFITS | VALUES, drop=st.booleans())
+def test_both_decoders_agree_on_manifests(path: tuple[Any, ...], value: Any, drop: bool) -> None:
+    decoders_agree(Manifest, changed(DOCUMENT, path, value, drop))
+
+
+def test_both_decoders_agree_on_the_manifest() -> None:
+    assert decoders_agree(Manifest, DOCUMENT)
+    assert decode(Manifest, DOCUMENT, "manifest", []) == MANIFEST
+
+
+@pytest.mark.parametrize(
+    ("value", "good"),
+    [
+        *((MAX_INTEGER, True), (-MAX_INTEGER, True), (MAX_INTEGER + 1, False), (-MAX_INTEGER - 1, False)),
+        *(("x" * MAX_STRING, True), ("x" * (MAX_STRING + 1), False), (True, False), (1.0, False), (None, False)),
+    ],
+)
+def test_bounds_of_scalars(value: Any, good: bool) -> None:
+    for several in ([value], [value, "a", 1], [1, "a", value]):  # a column of one type, and of two
+        assert decoders_agree(tuple[int | str, ...], several) == good
+
+
+def test_equal_parts_are_made_once() -> None:
+    assert len({id(k.tile) for k in MANIFEST.kernels}) == len({k.tile for k in MANIFEST.kernels})

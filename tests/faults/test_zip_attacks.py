@@ -23,6 +23,7 @@ from machete_aot.archive import write_archive
 from machete_aot.bundle import open_bundle
 from machete_aot.errors import BundleError, IncompatibleError, MacheteError, SchemaTooNewError
 from machete_aot.fetch import fetch_bundle
+from machete_aot.manifest_rules import SCHEMA
 from places import CUBINS, DATA, DIGEST, JSON, MANIFEST, TEXT, ZIP, manifest_of, write_mirror
 from run_children import children
 from small_bundle import rewritten
@@ -188,9 +189,9 @@ def kernel_with(**fields: Any) -> tuple[bytes, str]:
 
 
 MANIFESTS: dict[str, tuple[Callable[[], tuple[bytes, str]], type[BundleError]]] = {
-    "a newer schema": (lambda: changed(schema=3), SchemaTooNewError),
+    "a newer schema": (lambda: changed(schema=SCHEMA + 1), SchemaTooNewError),
     "a newer schema of another form": (lambda: rewritten(b'{"schema": 7, "all": "different"}'), SchemaTooNewError),
-    "an older schema": (lambda: changed(schema=1), BundleError),
+    "an older schema": (lambda: changed(schema=SCHEMA - 1), BundleError),
     "schema 0": (lambda: changed(schema=0), BundleError),
     "no number for a schema": (lambda: changed(schema="1"), BundleError),
     "true for a schema": (lambda: changed(schema=True), BundleError),

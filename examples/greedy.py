@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy decoding of a Hugging Face model with a static cache: a step at a time, compiled, or as a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+WAYS = ("eager", "compile", "graph")
+
+
+class Greedy:
+    """Decodes ``batch`` sequences of up to ``length`` tokens, prompt included.
+
+    ``way``: "eager"; "compile", a step by torch.compile; "graph", a step as a CUDA graph. A step has fixed shapes and
+    addresses: it reads the last token and its position from tensors, and writes the next ones there.
+    """
+
+    def __init__(self, model: Any, batch: int, length: int, way: str = "eager", backend: str = "inductor") -> None:
+        self.model, self.way, device = model, way, model.device
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
+        self.last = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.places = torch.arange(length, device=device)
+        self._next = torch.compile(self._step, backend=backend) if way == "compile" else self._step
+
+    @torch.inference_mode()
+    def prepare(self, prompt: torch.Tensor) -> None:
+        """Runs what later calls need: memory, kernels, compilation, the graph. ``prompt`` as in ``generate``."""
+        self._prefill(prompt)
+        if self.way != "graph":
+            self._next()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()  # kernels cannot be loaded while a graph is captured
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._next = graph.replay
+
+    @torch.inference_mode()
+    def generate(self, prompt: torch.Tensor, new: int) -> torch.Tensor:
+        """prompt [batch, P] -> [batch, P + new], each token the likeliest. Asynchronous on a GPU."""
+        self._prefill(prompt)
+        for _ in range(new - 1):
+            self._next()
+        return self.tokens[:, : prompt.shape[1] + new].clone()
+
+    def _prefill(self, prompt: torch.Tensor) -> None:
+        size = prompt.shape[1]
+        self.cache.reset()
+        positions = self.places[:size].unsqueeze(0)
+        found = self.model(prompt, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.tokens[:, :size] = prompt
+        self.position.fill_(size)
+        self._take(found.logits)
+
+    def _step(self) -> None:
+        mask = (self.places <= self.position).view(1, 1, 1, -1).expand(self.last.shape[0], 1, 1, -1)
+        found = self.model(
+            self.last,
+            attention_mask=mask,
+            position_ids=self.position.unsqueeze(0),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.position += 1
+        self._take(found.logits)
+
+    def _take(self, logits: torch.Tensor) -> None:
+        """The next token, which belongs at ``position``."""
+        self.last.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.tokens.index_copy_(1, self.position, self.last)

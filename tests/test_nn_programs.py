@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that run a whole Hugging Face model: the example, and the benchmark at a size for the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("safetensors")
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(("form", "more"), [("gptq", []), ("awq", ["--skip-compile"])])
+def test_example(form: str, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from examples import generate
+
+    sizes = ["--hidden", "128", "--layers", "1", "--tokens", "4", "--batch", "1", "--group", "64"]
+    assert generate.main(["--format", form, *sizes, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "2 merged, 0 not" in printed and "all ways give the same tokens" in printed
+
+
+def test_benchmark_of_a_model(tmp_path: Path) -> None:
+    from benchmarks import model
+
+    out = tmp_path / "model.json"
+    sizes = "--layers 1 --hidden 128 --intermediate 256 --heads 2 --kv-heads 1 --vocab 96 --positions 64"
+    parts = "--new 2 --batches 1 --skip-act-order --skip-unfused"
+    assert model.main([*sizes.split(), *parts.split(), "--out", str(out), "--folder", str(tmp_path)]) == 0
+    found = json.loads(out.read_text())
+    assert set(found["formats"]) == {"gptq", "awq"}
+    for form in found["formats"].values():
+        assert form["logits"]["relative_norm"] < 0.01 and form["logits_fused"]["relative_norm"] < 0.02
+        assert form["fuse"]["merged"] == 2 and form["load"]["packed_gb"] > 0
+    assert [entry["model"] for entry in found["decode"]] == ["bf16", "gptq, fused", "awq, fused"]
+    assert list(tmp_path.iterdir()) == [out]
