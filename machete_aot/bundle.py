@@ -8,12 +8,13 @@ bytes come from is another object's job (``BundleData``); whatever it returns is
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import zstandard
 
@@ -90,11 +91,14 @@ class Bundle:
     that was considered before this one, and for this one: which, and why. Safe to use from threads.
     """
 
-    def __init__(self, data: BundleData, manifest: Manifest, manifest_bytes: bytes, origin: str) -> None:
+    def __init__(
+        self, data: BundleData, manifest: Manifest, manifest_bytes: bytes, origin: str, digest: str | None = None
+    ) -> None:
+        """``digest``: the sha256 of ``manifest_bytes``, where it has been computed."""
         self._data = data
         self.manifest = manifest
         self.manifest_bytes = manifest_bytes
-        self.manifest_sha256 = hashlib.sha256(manifest_bytes).hexdigest()
+        self.manifest_sha256 = digest or hashlib.sha256(manifest_bytes).hexdigest()
         self.origin = origin
         self.signature: bytes | None = None
         self.trace: tuple[str, ...] = ()
@@ -134,8 +138,7 @@ class Bundle:
         """
         kernel = self.manifest.kernel(kernel_id)
         frame = self._frame(kernel)
-        dictionary = zstandard.ZstdCompressionDict(self._dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-        cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", dictionary)
+        cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", self._dictionary)
         _check_digest(cubin, kernel.cubin.sha256, f"the cubin of kernel {kernel_id}")
         return cubin
 
@@ -162,11 +165,11 @@ class Bundle:
         return problems if whole is None else problems + structure_problems(self.manifest, whole)
 
     @cached_property
-    def _dictionary(self) -> bytes:
+    def _dictionary(self) -> zstandard.ZstdCompressionDict:
         info = self.manifest.dictionary
         raw = _decompress(self._dictionary_frame(), info.raw_size, "the dictionary's frame", None)
         _check_digest(raw, info.raw_sha256, "the dictionary")
-        return raw
+        return zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
     def _dictionary_frame(self) -> bytes:
         info = self.manifest.dictionary
@@ -245,7 +248,7 @@ def open_manifest(
             _parsed_manifests.clear()
         _parsed_manifests[digest] = manifest
     _check_compatible(manifest, origin)
-    return Bundle(data(manifest), manifest, manifest_bytes, origin)
+    return Bundle(data(manifest), manifest, manifest_bytes, origin, digest)
 
 
 # Parsing takes most of the time of opening. What the same bytes parsed to is kept by their sha256, which every opening
@@ -256,13 +259,14 @@ _parsed_manifests: dict[str, Manifest] = {}
 def manifest_in(data: bytes, origin: str, trusted: Collection[str] = ()) -> bytes:
     """The manifest in a bundle's bytes, of which nothing is trusted. Raises TruncatedError or CorruptError.
 
-    Damage is not distrust: its crc32 is compared if its sha256 is not one of ``trusted``.
+    Damage is not distrust: a wrong crc32 counts only if its sha256 is not one of ``trusted``.
     """
     entry = last_entry(data, MANIFEST_NAME)
     raw = data[entry.offset : entry.offset + entry.size]
-    digest = hashlib.sha256(raw).hexdigest()
-    if digest not in trusted and zlib.crc32(raw) != entry.crc:
-        raise CorruptError(f"the manifest of {origin}", digest, "a manifest that fits its crc32")
+    if zlib.crc32(raw) != entry.crc:
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest not in trusted:
+            raise CorruptError(f"the manifest of {origin}", digest, "a manifest that fits its crc32")
     return raw
 
 
@@ -270,7 +274,7 @@ def read_file(path: Path) -> bytes:
     """A bundle's file. Raises MissingError, UnreachableError, and BundleError if it is larger than any bundle."""
     try:
         with path.open("rb") as f:
-            data = f.read(MAX_BUNDLE_BYTES + 1)
+            data = read_at_most(f, MAX_BUNDLE_BYTES + 1)
     except FileNotFoundError:
         raise MissingError(
             f"no bundle at {path}; build it with `python -m build_kernels`, or name another file"
@@ -280,6 +284,13 @@ def read_file(path: Path) -> bytes:
     if len(data) > MAX_BUNDLE_BYTES:
         raise BundleError(f"{path} is larger than {MAX_BUNDLE_BYTES} bytes, which no bundle is")
     return data
+
+
+def read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """The content of a file, up to ``limit`` bytes. A read takes a buffer of what it asks for, so not of the limit."""
+    expected = min(os.fstat(file.fileno()).st_size + 1, limit)
+    data = file.read(expected)
+    return data if len(data) < expected else data + file.read(limit - expected)  # it grows, or is no ordinary file
 
 
 def _check_compatible(manifest: Manifest, origin: str) -> None:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import resources
 from pathlib import Path
 
 from .bundle import Bundle
@@ -189,7 +188,7 @@ def _open_embedded(request: Request) -> Bundle:
 
 
 def _data() -> Path:
-    return Path(str(resources.files(__package__))) / "data"
+    return Path(__file__).parent / "data"
 
 
 # ---------------------------------------------------------------- the bundle of this process

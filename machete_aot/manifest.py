@@ -5,8 +5,8 @@ The dataclasses mirror the JSON of docs/architecture.md name by name. ``decode.p
 ``manifest_rules.py`` the meaning.
 """
 
-from __future__ import annotations
-
+# Without ``from __future__ import annotations``: decode.py needs the annotations themselves, and getting them from
+# their text takes part of the first product's time.
 import dataclasses
 import json
 import math
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from .config import TileConfig, TypeConfig
+from .config import ProductTypes, TileConfig, TypeConfig
 from .decode import decode, parse_json
-from .errors import BundleError, MissingError, SchemaTooNewError
+from .errors import BundleError, IncompatibleError, MissingError, SchemaTooNewError
 from .manifest_rules import MAX_MANIFEST_BYTES, SCHEMA, violations
 
 
@@ -118,13 +118,13 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class ScheduleInfo:
-    """One schedule: a tile's name and a division of K (see ScheduleConfig). ``shared_memory`` is dynamic, in bytes."""
+    """One schedule: a tile's name and a division of K (see ScheduleConfig). ``types``: names of those that have it."""
 
     name: str
     tile: str
     split: int
     even_ctas: int
-    shared_memory: int
+    types: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Heuristic:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A valid manifest of schema 2. Only ``parse_manifest`` and the bundle's writer make one."""
+    """A valid manifest of schema 3. Only ``parse_manifest`` and the bundle's writer make one."""
 
     schema: int
     bundle: BundleInfo
@@ -191,6 +191,18 @@ class Manifest:
     @cached_property
     def _schedules_by_name(self) -> dict[str, ScheduleInfo]:
         return {s.name: s for s in self.schedules}
+
+    @cached_property
+    def _kernels_by_types(self) -> dict[TypeConfig, tuple[KernelInfo, ...]]:
+        return {types: tuple(k for k in self.kernels if k.types == types) for types in self.types}
+
+    @cached_property
+    def _schedules_by_types(self) -> dict[str, tuple[ScheduleInfo, ...]]:
+        found: dict[str, list[ScheduleInfo]] = {}
+        for schedule in self.schedules:
+            for name in schedule.types:
+                found.setdefault(name, []).append(schedule)
+        return {name: tuple(schedules) for name, schedules in found.items()}
 
     @cached_property
     def types(self) -> tuple[TypeConfig, ...]:
@@ -217,12 +229,19 @@ class Manifest:
 
     def kernels_for(self, types: TypeConfig) -> tuple[KernelInfo, ...]:
         """Every kernel of these types, in manifest order; empty if there is none."""
-        return tuple(k for k in self.kernels if k.types == types)
+        return self._kernels_by_types.get(types, ())
+
+    def types_for(self, product: ProductTypes) -> TypeConfig | None:
+        """The types of the best kernels that it has for such a product; None if there are none."""
+        return next((types for types in product.kernel_types() if types in self.types), None)
 
     def schedules_for(self, types: TypeConfig) -> tuple[ScheduleInfo, ...]:
-        """Every schedule whose tile has a kernel of these types, in manifest order; empty if there is none."""
-        tiles = {k.tile.name for k in self.kernels_for(types)}
-        return tuple(s for s in self.schedules if s.tile in tiles)
+        """Every schedule of these types, in manifest order; empty if there is none."""
+        return self._schedules_by_types.get(types.name, ())
+
+    def schedules_of(self, kernel: KernelInfo) -> tuple[ScheduleInfo, ...]:
+        """Every schedule that this kernel runs, in manifest order."""
+        return tuple(s for s in self.schedules_for(kernel.types) if s.tile == kernel.tile.name)
 
     def kernel_for(self, types: TypeConfig, schedule: str) -> KernelInfo:
         """The kernel that this schedule runs for these types. Raises MissingError."""
@@ -243,7 +262,8 @@ def dump_manifest(manifest: Manifest) -> bytes:
 def parse_manifest(data: bytes) -> Manifest:
     """The manifest in ``data``, checked in full.
 
-    Raises SchemaTooNewError if its schema is newer than this runtime's, else BundleError with every problem found.
+    Raises SchemaTooNewError if its schema is newer than this runtime's, IncompatibleError if it is older, else
+    BundleError with every problem found.
     """
     problems: list[str] = []
     document = parse_json(data, MAX_MANIFEST_BYTES, problems)
@@ -251,6 +271,12 @@ def parse_manifest(data: bytes) -> Manifest:
         schema = document.get("schema")
         if type(schema) is int and schema > SCHEMA:
             raise SchemaTooNewError(schema, SCHEMA)
+        if type(schema) is int and 0 < schema < SCHEMA:
+            raise IncompatibleError(
+                f"the manifest is of schema {schema}, from an older version of machete-aot, and this one reads schema "
+                f"{SCHEMA}; fetch or build the bundle of this version, or install the older one",
+                [f"schema: {schema} is not {SCHEMA}"],
+            )
     manifest = decode(Manifest, document, "manifest", problems) if not problems else None
     if isinstance(manifest, Manifest):
         problems.extend(violations(manifest))

@@ -7,14 +7,16 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .config import TileConfig, TypeConfig, schedule_name
+from .scalar_type import SCALAR_TYPES
 
 if TYPE_CHECKING:
     from .manifest import KernelInfo, Manifest, Measured, ScheduleInfo
 
-SCHEMA = 2
+SCHEMA = 3
 SYMBOL_PREFIX = "machete_"
 
 MAX_MANIFEST_BYTES = 16 << 20
@@ -33,9 +35,11 @@ NOT_MEASURED = "!"
 
 _LEAST, _MOST = chr(DEVIATION_ZERO - MOST_DEVIATION), chr(DEVIATION_ZERO + MOST_DEVIATION)
 _DEVIATIONS = re.compile(f"[{NOT_MEASURED}{re.escape(_LEAST)}-{re.escape(_MOST)}]*\\Z")
+_TYPE = re.compile(r"[a-z][a-z0-9]{0,15}\Z")
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,126}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _FAMILIES = ("stream", "flat")
+_ZEROS = ("none", "float", "int", "any")
 _TILE_LIMITS = {
     "row_warpgroups": 8,
     "k_warpgroups": 8,
@@ -44,6 +48,7 @@ _TILE_LIMITS = {
     "tokens": 256,
     "stages": 64,
     "ctas_per_sm": 32,
+    "cluster": 2,
 }
 
 
@@ -55,9 +60,9 @@ def violations(m: Manifest) -> Iterator[str]:
     layouts = {layout.name for layout in m.layouts}
     for kernel in m.kernels:
         yield from (f"kernel {kernel.id[:200]!r}: {p}" for p in _kernel_violations(kernel, layouts))
-    tiles = {k.tile.name: k.tile for k in m.kernels}
+    kernels = {(k.types.name, _tile_name(k.tile)): k for k in m.kernels}
     for schedule in m.schedules:
-        yield from (f"schedule {schedule.name[:200]!r}: {p}" for p in _schedule_violations(schedule, tiles))
+        yield from (f"schedule {schedule.name[:200]!r}: {p}" for p in _schedule_violations(schedule, kernels))
     yield from _repeated("kernel id", (k.id for k in m.kernels))
     yield from _repeated("schedule name", (s.name for s in m.schedules))
     yield from _repeated("layout name", (layout.name for layout in m.layouts))
@@ -85,10 +90,9 @@ def _header_violations(m: Manifest) -> Iterator[str]:
 
 def _kernel_violations(k: KernelInfo, layouts: set[str]) -> Iterator[str]:
     yield from _type_violations(k.types)
-    tile_problems = list(_tile_violations(k.tile))
-    yield from tile_problems
-    if not tile_problems:
-        wanted = f"{k.types.name}__{k.tile.name}"
+    yield from _tile_violations(k.tile)
+    if not _tile_violations(k.tile):
+        wanted = f"{k.types.name}__{_tile_name(k.tile)}"
         if k.id != wanted:
             yield f"id should be {wanted!r}, from its types and tile"
         if k.threads != k.tile.threads or k.threads > MAX_THREADS:
@@ -105,37 +109,66 @@ def _kernel_violations(k: KernelInfo, layouts: set[str]) -> Iterator[str]:
     yield from (f"cubin: {p}" for p in _content_violations(k.cubin.size, k.cubin.sha256, MAX_CUBIN_BYTES))
 
 
-def _type_violations(types: TypeConfig) -> Iterator[str]:
-    for name, value in dataclasses.asdict(types).items():
-        if not re.match(r"[a-z][a-z0-9]{0,15}\Z", value):
-            yield f"types.{name}: {value[:80]!r} is not the name of a type"
+# Many kernels have the same types and the same tile, and a schedule asks again.
+_KEPT = 1024
 
 
-def _tile_violations(tile: TileConfig) -> Iterator[str]:
+@lru_cache(_KEPT)
+def _tile_name(tile: TileConfig) -> str:
+    return tile.name
+
+
+@lru_cache(_KEPT)
+def _type_violations(types: TypeConfig) -> tuple[str, ...]:
+    found = [
+        f"types.{field.name}: {value[:80]!r} is not the name of a type"
+        for field in dataclasses.fields(types)
+        if not _TYPE.match(value := getattr(types, field.name))
+    ]
+    if types.b not in SCALAR_TYPES:
+        found.append(f"types.b: {types.b[:80]!r} is none of {', '.join(SCALAR_TYPES)}")
+    if types.zeros not in _ZEROS:
+        found.append(f"types.zeros: {types.zeros[:80]!r} is none of {', '.join(_ZEROS)}")
+    return tuple(found)
+
+
+@lru_cache(_KEPT)
+def _tile_violations(tile: TileConfig) -> tuple[str, ...]:
+    found = []
     if tile.family not in _FAMILIES:
-        yield f"tile.family: {tile.family[:80]!r} is none of {', '.join(_FAMILIES)}"
+        found.append(f"tile.family: {tile.family[:80]!r} is none of {', '.join(_FAMILIES)}")
     for name, limit in _TILE_LIMITS.items():
         value = getattr(tile, name)
         if not 1 <= value <= limit:
-            yield f"tile.{name}: {value} is not within 1..{limit}"
+            found.append(f"tile.{name}: {value} is not within 1..{limit}")
     if tile.tokens % 8:
-        yield f"tile.tokens: {tile.tokens} is not a multiple of 8"
+        found.append(f"tile.tokens: {tile.tokens} is not a multiple of 8")
+    if tile.cluster > 1 and (tile.family != "flat" or tile.units % tile.cluster):
+        found.append(f"tile.cluster: {tile.cluster} in family {tile.family[:80]!r} with {tile.units} units")
+    return tuple(found)
 
 
-def _schedule_violations(s: ScheduleInfo, tiles: Mapping[str, TileConfig]) -> Iterator[str]:
-    if s.tile not in tiles:
-        yield f"no kernel has its tile {s.tile[:200]!r}"
+def _schedule_violations(s: ScheduleInfo, kernels: Mapping[tuple[str, str], KernelInfo]) -> Iterator[str]:
     wanted = schedule_name(s.tile, s.split, s.even_ctas)
     if s.name != wanted:
         yield f"name should be {wanted[:200]!r}, from its tile, split and even_ctas"
     split, even = s.split, s.even_ctas
-    if not ((1 <= split <= MAX_SPLIT and even == 0) or (split == 0 and 1 <= even <= MAX_EVEN_CTAS)):
+    divides = (1 <= split <= MAX_SPLIT and even == 0) or (split == 0 and 1 <= even <= MAX_EVEN_CTAS)
+    if not divides:
         yield f"split {split} with even_ctas {even}: wanted 1..{MAX_SPLIT} with 0, or 0 with 1..{MAX_EVEN_CTAS}"
-    family = tiles[s.tile].family if s.tile in tiles else None
-    if (family == "stream" and split == 0) or (family == "flat" and split > 1):
-        yield f"split {split}, which family {family} does not have"
-    if not 0 <= s.shared_memory <= MAX_SHARED_MEMORY:
-        yield f"shared_memory {s.shared_memory} is not within 0..{MAX_SHARED_MEMORY}"
+    yield from _repeated("types", s.types)
+    if not s.types:
+        yield "types: empty"
+    for name in s.types:
+        kernel = kernels.get((name, s.tile))
+        if kernel is None:
+            yield f"no kernel has its tile {s.tile[:200]!r} and types {name[:80]!r}"
+        elif (kernel.tile.family == "stream" and split == 0) or (kernel.tile.family == "flat" and split > 1):
+            yield f"split {split}, which family {kernel.tile.family} does not have"
+        elif divides and not _type_violations(kernel.types) and not _tile_violations(kernel.tile):
+            used = kernel.tile.shared_memory(split, kernel.types)
+            if used > MAX_SHARED_MEMORY:
+                yield f"{used} bytes of shared memory for {name}, where a CTA has {MAX_SHARED_MEMORY} at most"
 
 
 def _heuristic_violations(m: Manifest) -> Iterator[str]:
@@ -157,7 +190,7 @@ def _heuristic_violations(m: Manifest) -> Iterator[str]:
 
 
 def _measured_violations(measured: Measured) -> Iterator[str]:
-    if any(min(product) < 1 for product in measured.products):
+    if min(itertools.chain.from_iterable(measured.products), default=1) < 1:
         yield "a product with a size below 1"
     for schedule, text in measured.deviations.items():
         if len(text) != len(measured.products):

@@ -48,8 +48,10 @@ class Trust:
 
         ``signature`` reads the signature file; it is called only if there are keys and no digest fits.
         """
+        if not self.keys:
+            return self.digests, None
         digest = hashlib.sha256(manifest).hexdigest()
-        if digest in self.digests or not self.keys:
+        if digest in self.digests:
             return self.digests, None
         text = signature()
         if text is None or signed_by(manifest, text, self.keys) is None:
