@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .bundle import open_bundle
+from .bundle import open_bundle, read_at_most
 from .errors import ArgumentError, BundleError, CacheError, CorruptError
 from .manifest import parse_manifest
 from .manifest_rules import MAX_BUNDLE_BYTES
@@ -246,7 +246,7 @@ class Cache:
     def _read(self, name: str) -> bytes | None:
         try:
             with open(self.folder / _checked(name), "rb") as file:
-                data = file.read(MAX_BUNDLE_BYTES + 1)
+                data = read_at_most(file, MAX_BUNDLE_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if len(data) > MAX_BUNDLE_BYTES:

@@ -20,7 +20,7 @@ from .operands import as_given, reach, run_kernel
 from .part import H100
 from .prepack import A_DTYPES
 from .scalar_type import SCALAR_TYPES, ScalarType, u4b8
-from .validate import check_gemm
+from .validate import check_b_type, check_gemm
 
 _is_compiling = torch.compiler.is_compiling
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
@@ -243,8 +243,7 @@ def _traced(
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """``gemm`` as an operator of torch, which compilers and modes see as one piece (``torch_op.py``)."""
-    if not isinstance(b_type, ScalarType):
-        raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
+    check_b_type(b_type)
     tensors = (a, b, b_type.name, b_scales, b_zeros, b_group_size, bias, channel_scales, token_scales)
     options = {
         "schedule": schedule, "overlap": overlap, "batch_invariant": batch_invariant, "activation": activation,
@@ -296,8 +295,7 @@ def _zeros_kind(with_zeros: bool | str) -> str:
 def _product_types(a_dtype: torch.dtype, b_type: ScalarType, zeros: str, fine: bool) -> ProductTypes:
     if a_dtype not in A_NAMES:
         raise ArgumentError(f"activations are torch.bfloat16 or torch.float16, got {a_dtype}")
-    if not isinstance(b_type, ScalarType):
-        raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
+    check_b_type(b_type)
     if SCALAR_TYPES.get(b_type.name) != b_type:
         raise UnsupportedError(
             f"there are kernels for weights of type {', '.join(SCALAR_TYPES)} alone, got {b_type!r}; call "

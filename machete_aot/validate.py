@@ -85,8 +85,7 @@ def check_gemm(
     zeros, which become uint8. Raises ArgumentError.
     """
     _check_tensors(a, b, b_scales, b_zeros, bias, out, channel_scales, token_scales)
-    if not isinstance(b_type, ScalarType):
-        raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
+    check_b_type(b_type)
     dtype = a.dtype
     if dtype not in _FLOATING:
         raise ArgumentError(f"a must be bfloat16 or float16, got {dtype}; convert it with a.to(torch.bfloat16)")
@@ -132,6 +131,12 @@ def check_gemm(
         None if bias is None else _last_contiguous(bias),
         channel_scales, token_scales, activation, out_dtype, out_columns, out2d,
     )  # fmt: skip
+
+
+def check_b_type(b_type: object) -> None:
+    """Raises ArgumentError unless this is a ScalarType."""
+    if not isinstance(b_type, ScalarType):
+        raise ArgumentError(f"b_type must be a ScalarType such as machete_aot.u4b8, got {b_type!r}")
 
 
 def _check_tensors(
