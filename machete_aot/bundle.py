@@ -32,6 +32,7 @@ from .errors import (
 from .layout import LAYOUTS
 from .manifest import KernelInfo, Manifest, parse_manifest
 from .manifest_rules import MAX_BUNDLE_BYTES
+from .pinned import parse_pinned
 
 MANIFEST_NAME = "manifest.json"
 DICTIONARY_NAME = "dictionary"
@@ -138,7 +139,7 @@ class Bundle:
         """
         kernel = self.manifest.kernel(kernel_id)
         frame = self._frame(kernel)
-        cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", self._dictionary)
+        cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", self.dictionary)
         _check_digest(cubin, kernel.cubin.sha256, f"the cubin of kernel {kernel_id}")
         return cubin
 
@@ -149,7 +150,7 @@ class Bundle:
         """
         problems: list[BundleError] = []
         try:
-            _ = self._dictionary
+            _ = self.dictionary
         except BundleError as e:
             problems.append(e)
         dictionary_ok = not problems
@@ -165,7 +166,8 @@ class Bundle:
         return problems if whole is None else problems + structure_problems(self.manifest, whole)
 
     @cached_property
-    def _dictionary(self) -> zstandard.ZstdCompressionDict:
+    def dictionary(self) -> zstandard.ZstdCompressionDict:
+        """What all cubins are compressed with, checked. Raises as ``cubin`` does."""
         info = self.manifest.dictionary
         raw = _decompress(self._dictionary_frame(), info.raw_size, "the dictionary's frame", None)
         _check_digest(raw, info.raw_sha256, "the dictionary")
@@ -228,10 +230,15 @@ def open_bundle(source: str | PathLike[str] | bytes, *, manifest_sha256: str | C
 
 
 def open_manifest(
-    manifest_bytes: bytes, data: Callable[[Manifest], BundleData], origin: str, trusted: Collection[str]
+    manifest_bytes: bytes,
+    data: Callable[[Manifest], BundleData],
+    origin: str,
+    trusted: Collection[str],
+    pinned: Collection[str] = (),
 ) -> Bundle:
     """The bundle of a manifest, which must have one of the ``trusted`` sha256 digests; ``data`` gives its frames.
 
+    ``pinned``: digests of manifests that this package was built with. What they are decoded to is not checked again.
     Raises UntrustedError and what follows it in ``open_bundle``.
     """
     digest = hashlib.sha256(manifest_bytes).hexdigest()
@@ -243,7 +250,7 @@ def open_manifest(
         )
     manifest = _parsed_manifests.get(digest)
     if manifest is None:
-        manifest = parse_manifest(manifest_bytes)
+        manifest = parse_pinned(manifest_bytes) if digest in pinned else parse_manifest(manifest_bytes)
         if len(_parsed_manifests) >= _PARSED_MANIFESTS:
             _parsed_manifests.clear()
         _parsed_manifests[digest] = manifest

@@ -46,6 +46,11 @@ def decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         return decode_and_explain(kind, value, path, problems)
 
 
+def prepare(kind: Any) -> None:
+    """Looks into a kind's annotations now, which the first ``decode`` of it would do otherwise."""
+    _column_decoder(kind)
+
+
 def decode_and_explain(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """The same as ``decode``, a value at a time."""
     form, parts = _form(kind)

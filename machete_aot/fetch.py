@@ -18,7 +18,7 @@ from pathlib import Path
 from .bundle import Bundle
 from .cache import Cache
 from .cached import open_cached
-from .decode import decode, parse_json
+from .decode import decode, parse_json, prepare
 from .errors import ArgumentError, BundleError, MissingError
 from .manifest_rules import MAX_MANIFEST_BYTES
 from .request import Progress, Request, Trust, first_line, most_telling
@@ -53,6 +53,9 @@ class Pin:
 class _PinFile:
     schema: int
     bundles: tuple[Pin, ...]
+
+
+prepare(_PinFile)
 
 
 @cache
@@ -113,7 +116,7 @@ def fetch_bundle(
         arch=arch,
         version=version,
         versions=(version,) if version else tuple(dict.fromkeys([__version__, *(p.version for p in own)])),
-        trust=Trust(digests, configured_keys(keys) if expected_sha256 is None else ()),
+        trust=Trust(digests, configured_keys(keys), digests) if expected_sha256 is None else Trust(digests),
         cache=Cache(cache_dir),
         only=only,
         offline=os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0") if offline is None else offline,
@@ -205,6 +208,11 @@ def default_bundle() -> Bundle:
             if _current is None:
                 _current = fetch_bundle()
     return _current
+
+
+def default_is_at_hand() -> bool:
+    """Whether ``default_bundle`` needs no network: no source is configured that might."""
+    return _current is not None or not os.environ.get(SOURCE_VARIABLE)
 
 
 def use_bundle(bundle: Bundle | None) -> None:

@@ -13,9 +13,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 from .config import ProductTypes, TileConfig, TypeConfig
-from .decode import decode, parse_json
+from .decode import decode, parse_json, prepare
 from .errors import BundleError, IncompatibleError, MissingError, SchemaTooNewError
 from .manifest_rules import MAX_MANIFEST_BYTES, SCHEMA, violations
 
@@ -138,9 +139,9 @@ class Measured:
     deviations: Mapping[str, str]
 
     @cached_property
-    def logarithms(self) -> tuple[tuple[float, float, float], ...]:
-        """Base-2 logarithms of the products."""
-        return tuple((math.log2(m), math.log2(n), math.log2(k)) for m, n, k in self.products)
+    def logarithms(self) -> tuple[list[float], ...]:
+        """Base-2 logarithms of all M, of all N and of all K."""
+        return tuple([*map(math.log2, sizes)] for sizes in zip(*self.products, strict=True))
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,20 @@ class Heuristic:
     tables: tuple[HeuristicTable, ...]
 
 
+class Parts(Protocol):
+    """What can give parts of a manifest before all of it is decoded, see ``pinned.py``."""
+
+    def field(self, name: str) -> Any: ...
+    def kernels(self, types_name: str) -> tuple[KernelInfo, ...]: ...
+    def tables(self, types_name: str, device: str | None) -> tuple[HeuristicTable, ...]: ...
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """A valid manifest of schema 3. Only ``parse_manifest`` and the bundle's writer make one."""
+    """A valid manifest of schema 3. Only ``parse_manifest``, ``parse_pinned`` and the bundle's writer make one.
+
+    ``_parts``: of one that is decoded as far as it is asked, whose fields are set when they are first read.
+    """
 
     schema: int
     bundle: BundleInfo
@@ -183,6 +195,21 @@ class Manifest:
     kernels: tuple[KernelInfo, ...]
     schedules: tuple[ScheduleInfo, ...]
     heuristic: Heuristic
+
+    _parts: ClassVar[Parts | None] = None  # of the class; an instance may have its own
+
+    @classmethod
+    def of_text(cls, parts: Parts) -> "Manifest":
+        """The manifest of these parts."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "_parts", parts)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        if self._parts is None or name not in Manifest.__dataclass_fields__:
+            raise AttributeError(f"a manifest has no {name}")
+        object.__setattr__(self, name, self._parts.field(name))
+        return getattr(self, name)
 
     @cached_property
     def _kernels_by_id(self) -> dict[str, KernelInfo]:
@@ -209,14 +236,27 @@ class Manifest:
         """The types that some kernel serves, in the order of the kernels."""
         return tuple(dict.fromkeys(k.types for k in self.kernels))
 
+    @cached_property
+    def _types_by_name(self) -> dict[str, TypeConfig]:
+        return {types.name: types for types in self.types}
+
+    def types_named(self, name: str) -> TypeConfig | None:
+        """The types of that name, None if no kernel serves them."""
+        if self._parts is None:
+            return self._types_by_name.get(name)
+        some = self._parts.kernels(name)
+        return some[0].types if some else None
+
     def kernel(self, kernel_id: str) -> KernelInfo:
         """The kernel of that id. Raises MissingError."""
-        try:
-            return self._kernels_by_id[kernel_id]
-        except KeyError:
-            raise MissingError(
-                f"the bundle holds no kernel {kernel_id!r}; `machete-aot list` shows what it holds"
-            ) from None
+        if self._parts is not None:
+            some = self._parts.kernels(types_of(kernel_id))
+            found = next((k for k in some if k.id == kernel_id), None)
+        else:
+            found = self._kernels_by_id.get(kernel_id)
+        if found is None:
+            raise MissingError(f"the bundle holds no kernel {kernel_id!r}; `machete-aot list` shows what it holds")
+        return found
 
     def schedule(self, name: str) -> ScheduleInfo:
         """The schedule of that name. Raises MissingError."""
@@ -229,11 +269,13 @@ class Manifest:
 
     def kernels_for(self, types: TypeConfig) -> tuple[KernelInfo, ...]:
         """Every kernel of these types, in manifest order; empty if there is none."""
+        if self._parts is not None:
+            return self._parts.kernels(types.name)
         return self._kernels_by_types.get(types, ())
 
     def types_for(self, product: ProductTypes) -> TypeConfig | None:
         """The types of the best kernels that it has for such a product; None if there are none."""
-        return next((types for types in product.kernel_types() if types in self.types), None)
+        return next((types for types in product.kernel_types() if self.types_named(types.name) == types), None)
 
     def schedules_for(self, types: TypeConfig) -> tuple[ScheduleInfo, ...]:
         """Every schedule of these types, in manifest order; empty if there is none."""
@@ -247,10 +289,29 @@ class Manifest:
         """The kernel that this schedule runs for these types. Raises MissingError."""
         return self.kernel(kernel_id(types, self.schedule(schedule).tile))
 
+    def tables_for(self, types_name: str, device: str | None = None) -> tuple[HeuristicTable, ...]:
+        """The cost model's tables, of GPUs of this name (None: all). They may lack what concerns other types alone."""
+        if self._parts is not None:
+            return self._parts.tables(types_name, device)
+        return tuple(table for table in self.heuristic.tables if device in (None, table.device))
+
+
+prepare(Manifest)  # at import, because it takes part of the first product's time otherwise
+
 
 def kernel_id(types: TypeConfig, tile_name: str) -> str:
     """The id of the kernel of these types and this tile."""
-    return f"{types.name}__{tile_name}"
+    return id_start(types.name) + tile_name
+
+
+def id_start(types_name: str) -> str:
+    """How the ids of all kernels of these types begin."""
+    return f"{types_name}__"
+
+
+def types_of(kernel_id: str) -> str:
+    """The name of the types in a kernel's id."""
+    return kernel_id.partition("__")[0]
 
 
 def dump_manifest(manifest: Manifest) -> bytes:

@@ -36,10 +36,14 @@ _TELLING = (
 
 @dataclass(frozen=True)
 class Trust:
-    """Which manifests are trusted: those with these sha256 digests, and those signed by one of these public keys."""
+    """Which manifests are trusted: those with these sha256 digests, and those signed by one of these public keys.
+
+    ``pinned``: those of ``digests`` that are this package's own.
+    """
 
     digests: tuple[str, ...]
     keys: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
 
     def digests_with(
         self, manifest: bytes, signature: Callable[[], bytes | None]

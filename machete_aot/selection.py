@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -180,12 +180,18 @@ def predict(
     coefficients: Mapping[str, float],
     bandwidth: float,
     factor: float = 1.0,
+    name: str | None = None,
 ) -> Candidate:
-    """The model above for one schedule. ``product`` is (M, N, K), ``bandwidth`` in bytes per microsecond."""
+    """The model above for one schedule. ``product`` is (M, N, K), ``bandwidth`` in bytes per microsecond.
+
+    ``name``: the schedule's, where it is at hand.
+    """
     work = work_of(schedule, types, product, sms)
     time, memory, compute = times_us(work, coefficients, bandwidth)
     fixed = coefficients["fixed_us"]
-    return Candidate(schedule.name, time * factor, memory, compute, fixed, factor, work.ctas, work.busy[1], work.steps)
+    return Candidate(
+        name or schedule.name, time * factor, memory, compute, fixed, factor, work.ctas, work.busy[1], work.steps
+    )
 
 
 def table_for(manifest: Manifest, part: Part, types_name: str) -> HeuristicTable:
@@ -196,17 +202,18 @@ def table_for(manifest: Manifest, part: Part, types_name: str) -> HeuristicTable
     what limits a schedule. Times of CTAs and steps are scaled by the SM clocks, memory by the bandwidths; fixed times
     are not, and the number of SMs enters the model itself. Raises UnsupportedError if there is nothing to predict from.
     """
-    if not manifest.heuristic.tables:
+    for table in manifest.tables_for(types_name, part.name):
+        if table.sms == part.sms and table.coefficients.get(types_name):
+            return table
+    known = manifest.tables_for(types_name)
+    if not known:
         raise UnsupportedError(
             "the bundle's manifest has no table of schedules' costs; name one of supported_schedules(...) with "
             "schedule=, or use a bundle that was built with its heuristic"
         )
-    tables = [t for t in manifest.heuristic.tables if t.coefficients.get(types_name)]
+    tables = [t for t in known if t.coefficients.get(types_name)]
     if not tables:
         return _stand_in(ByIdentity(manifest), part, types_name)
-    for table in tables:
-        if (table.device, table.sms) == (part.name, part.sms):
-            return table
     balance = math.log(part.peak_bytes_per_us / (part.clock_mhz * part.sms))
     near = min(tables, key=lambda t: abs(math.log(t.peak_bytes_per_us / (t.clock_mhz * t.sms)) - balance))
     return _scaled(ByIdentity(near), part)
@@ -298,9 +305,9 @@ def _distance(measured: ScheduleConfig, wanted: ScheduleConfig) -> tuple[float, 
 
 
 def _types_named(manifest: Manifest, name: str) -> TypeConfig:
-    for types in manifest.types:
-        if types.name == name:
-            return types
+    types = manifest.types_named(name)
+    if types is not None:
+        return types
     raise UnsupportedError(f"the bundle has no kernels for {name}, it has {', '.join(t.name for t in manifest.types)}")
 
 
@@ -310,20 +317,27 @@ def _schedules_of(manifest: Manifest, types: TypeConfig) -> list[tuple[str, Sche
     return [(s.name, ScheduleConfig(tiles[s.tile], s.split, s.even_ctas)) for s in manifest.schedules_for(types)]
 
 
-def corrections(measured: Measured, product: tuple[int, int, int]) -> dict[str, float]:
-    """The factor of each measured schedule's time at an (M, N, K) product, as above."""
+def corrections(
+    measured: Measured, product: tuple[int, int, int], schedules: Iterable[str] | None = None
+) -> dict[str, float]:
+    """The factor of each measured schedule's time (None: of all) at an (M, N, K) product, as above."""
     m, n, k = (math.log2(size) for size in product)
     near = []
-    for index, (log_m, log_n, log_k) in enumerate(measured.logarithms):
+    for index, (log_m, log_n, log_k) in enumerate(zip(*measured.logarithms, strict=True)):
         distance = (log_m - m) ** 2 + (log_n - n) ** 2 + (log_k - k) ** 2
         if distance < FAR:
             near.append((index, math.exp(-distance / 2) / (distance + 0.05)))
     factors = {}
-    for schedule, text in measured.deviations.items():
+    none = ord(NOT_MEASURED)
+    for schedule in measured.deviations if schedules is None else schedules:
+        codes = measured.deviations.get(schedule, "").encode("ascii")
+        if not codes:
+            continue
         total, weights = 0.0, 1.0
         for index, weight in near:
-            if text[index] != NOT_MEASURED:
-                total += weight * (ord(text[index]) - DEVIATION_ZERO)
+            code = codes[index]
+            if code != none:
+                total += weight * (code - DEVIATION_ZERO)
                 weights += weight
         factors[schedule] = math.exp(total / weights / 100)
     return factors
@@ -345,9 +359,9 @@ def explain(manifest: Manifest, types_name: str, m: int, n: int, k: int, part: P
         )
     suitable = [pair for pair in fitted if pair[1].tile.suits(m)] or fitted
     measured = table.measured.get(types_name)
-    factors = corrections(measured, (m, n, k)) if measured else {}
+    factors = corrections(measured, (m, n, k), [name for name, _ in suitable]) if measured else {}
     candidates = [
-        predict(s, types, (m, n, k), part.sms, coefficients[name], table.bytes_per_us, factors.get(name, 1.0))
+        predict(s, types, (m, n, k), part.sms, coefficients[name], table.bytes_per_us, factors.get(name, 1.0), name)
         for name, s in suitable
     ]
     candidates.sort(key=lambda c: c.time_us)

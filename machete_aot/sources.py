@@ -43,7 +43,7 @@ def open_file(path: Path, request: Request) -> Bundle:
     beside = path.with_name(manifest_beside(path.name) + SIGNATURE_SUFFIX)
     manifest = manifest_in(data, origin, trust.digests)
     digests, signature = trust.digests_with(manifest, lambda: _read_small(beside, MAX_SIGNATURE_BYTES))
-    bundle = open_manifest(manifest, lambda _: MemoryData(data), origin, digests)
+    bundle = open_manifest(manifest, lambda _: MemoryData(data), origin, digests, trust.pinned)
     bundle.signature = signature
     return request.checked(bundle)
 
