@@ -32,7 +32,7 @@ from machete_aot.selection import COEFFICIENTS
 from machete_aot.validate import check_gemm
 from quantised import gptq, random_codes
 from small_bundle import TYPES, release
-from stub.bundles import stub_cubin
+from stub.cubin import stub_cubin
 from stub.harness import Launch, Stub, stubbed
 
 BF16, FP16 = TYPES

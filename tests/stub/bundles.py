@@ -14,6 +14,7 @@ from machete_aot import abi
 from machete_aot.bundle import Bundle, open_bundle
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from small_bundle import TYPES, release
+from stub.cubin import stub_cubin
 
 BF16, FP16 = TYPES
 GENERAL = tuple(
@@ -34,11 +35,6 @@ SCHEDULES = (
 
 def schedule(tile: TileConfig, split: int = 1, even_ctas: int = 0) -> str:
     return ScheduleConfig(tile, split, even_ctas).name
-
-
-def stub_cubin(symbol: str, parameters: Sequence[tuple[int, int]] = abi.PARAMETERS) -> bytes:
-    """What the stub driver loads as a kernel with these parameters. It must end in a zero byte."""
-    return f"stub-cubin\n{symbol} {' '.join(f'{offset}:{size}' for offset, size in parameters)}\n\0".encode()
 
 
 def make_bundle(

@@ -99,7 +99,7 @@ class Stub:
     def set(self, **knobs: int) -> None:
         """Knobs: major, minor (compute capability), driver (a CUDA version, which functions it has follows from that;
         set it before the first call), devices, sms, clock_khz, memory_khz, memory_bits (an H100's at first),
-        capturing, slow_load_us, record (0: launches are checked and counted, not kept)."""
+        capturing, slow_load_us, h100 (1: devices have its name), record (0: launches are counted, not kept)."""
         for name, value in knobs.items():
             assert self._library.stub_set(name.encode(), value) == 0, f"no knob {name}"
 

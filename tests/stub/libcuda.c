@@ -78,6 +78,7 @@ static struct knob {
              {"memory_bits", 5120},
              {"capturing", 0},
              {"slow_load_us", 0},
+             {"h100", 0},
              {"record", 1}};
 static struct call {
   char name[64];
@@ -152,7 +153,8 @@ EXPORT int cuDeviceGet(int* device, int ordinal) {
 
 EXPORT int cuDeviceGetName(char* name, int length, int device) {
   ENTER();
-  snprintf(name, (size_t)length, "Stub %d", device);
+  if (knob("h100")) snprintf(name, (size_t)length, "NVIDIA H100 80GB HBM3");
+  else snprintf(name, (size_t)length, "Stub %d", device);
   return SUCCESS;
 }
 
