@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from . import ahead
 from .config import UNIT_K, UNIT_ROWS
 from .errors import ArgumentError
 from .layout import layout_for, packed_shape
@@ -20,6 +21,7 @@ from .scalar_type import ScalarType
 CHUNK_BYTES = 8 << 20
 
 A_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of activations, by the names that TypeConfig uses
+A_NAMES = {dtype: name for name, dtype in A_DTYPES.items()}
 
 
 def prepack_b(
@@ -33,7 +35,8 @@ def prepack_b(
     serves both). N and K may be any positive number.
 
     Returns int32 [ceil(N/64), ceil(K/64), 512 (4 bits) or 1024 (8 bits)] on the same device; rows and k that fill up
-    the last units hold the code of zero. Scratch is a few times ``CHUNK_BYTES`` (one strip of 64 rows, if more).
+    the last units hold the code of zero. On a GPU the first call also opens the bundle that this package holds, so that
+    the first product need not. Scratch is a few times ``CHUNK_BYTES`` (one strip of 64 rows, if more).
     Raises ArgumentError for a wrong dtype, shape, ``k`` or ``a_dtype``, UnsupportedError for a type without a layout.
     """
     check_gptq(w_q, "w_q", b_type)
@@ -52,7 +55,7 @@ def prepack_columns(
 
     ``columns(first, last)``: these columns, first a multiple of 64, int32 on ``device``; last may be past N.
     """
-    if a_dtype not in A_DTYPES.values():
+    if a_dtype not in A_NAMES:
         raise ArgumentError(f"a_dtype must be torch.bfloat16 or torch.float16, got {a_dtype}")
     rows, n = shape
     k = _checked_k(rows, b_type, k)
@@ -65,6 +68,7 @@ def prepack_columns(
             _pack_u4(strip, packed)
         else:
             _pack_u8(strip, packed)
+    ahead.prepare(out, b_type, A_NAMES[a_dtype])  # while the GPU works
     return out
 
 

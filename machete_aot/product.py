@@ -18,14 +18,13 @@ from .kernel import load_kernel
 from .launch import choose
 from .operands import as_given, reach, run_kernel
 from .part import H100
-from .prepack import A_DTYPES
+from .prepack import A_NAMES as A_NAMES
 from .scalar_type import SCALAR_TYPES, ScalarType, u4b8
 from .validate import check_b_type, check_gemm
 
 _is_compiling = torch.compiler.is_compiling
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
-A_NAMES = {dtype: name for name, dtype in A_DTYPES.items()}
 _ZEROS = {False: "none", True: "float", "float": "float", "int": "int"}
 
 

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from .. import ahead
 from ..errors import CheckpointError
 from ..layout import LAYOUTS, layout_for
-from ..prepack import A_DTYPES
+from ..prepack import A_DTYPES, A_NAMES
 from ..publish import publish
 from .checkpoint import Checkpoint, read_json, write_tensors
 from .fuse import DOWN, GateUpMLP, attach_merged, merged_parts
@@ -34,8 +35,6 @@ FORMAT = "machete-aot-prepacked"
 FORMAT_VERSION = 1
 INDEX = "machete.json"
 SHARD_BYTES = 4 << 30
-
-_NAMES = {dtype: name for name, dtype in A_DTYPES.items()}
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -58,7 +57,7 @@ def save_prepacked(model: torch.nn.Module, folder: str | Path, *, shard_bytes: i
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "layouts": layouts,
-        "modules": {n: {**layer.description(), "dtype": _NAMES[layer.scales.dtype]} for n, layer in layers.items()},
+        "modules": {n: {**layer.description(), "dtype": A_NAMES[layer.scales.dtype]} for n, layer in layers.items()},
         "merged": merged_parts(model),
         "gate_up": [name for name, module in model.named_modules() if isinstance(module, GateUpMLP)],
         "tensors": {},
@@ -112,6 +111,9 @@ def load_prepacked(
     finally:
         checkpoint.close()
     tree.finish()
+    for layer in model.modules():
+        if isinstance(layer, MacheteLinear):
+            ahead.prepare(layer.qweight, layer.b_type, A_NAMES[layer.scales.dtype])
     return model
 
 
