@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .config import ProductTypes, TileConfig, TypeConfig
 from .decode import decode, parse_json, prepare
@@ -205,11 +205,13 @@ class Manifest:
         object.__setattr__(made, "_parts", parts)
         return made
 
-    def __getattr__(self, name: str) -> Any:
-        if self._parts is None or name not in Manifest.__dataclass_fields__:
-            raise AttributeError(f"a manifest has no {name}")
-        object.__setattr__(self, name, self._parts.field(name))
-        return getattr(self, name)
+    if not TYPE_CHECKING:  # which knows the fields, and with this would take any other name for one
+
+        def __getattr__(self, name: str) -> Any:
+            if self._parts is None or name not in Manifest.__dataclass_fields__:
+                raise AttributeError(f"a manifest has no {name}")
+            object.__setattr__(self, name, self._parts.field(name))
+            return getattr(self, name)
 
     @cached_property
     def _kernels_by_id(self) -> dict[str, KernelInfo]:

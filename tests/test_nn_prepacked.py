@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from checkpoints import BF16, FP16, Case, Toy, toy, write
+from machete_aot import ahead
 from machete_aot.errors import CheckpointError
 from machete_aot.nn import MacheteLinear, load_prepacked, load_quantized, save_prepacked
 
@@ -33,6 +34,10 @@ def meta_toy(**sizes: Any) -> Toy:
         return Toy(bias=True, **sizes).to(FP16)
 
 
+def linears(model: torch.nn.Module) -> list[MacheteLinear]:
+    return [module for module in model.modules() if isinstance(module, MacheteLinear)]
+
+
 @pytest.mark.parametrize("shard_bytes", [1, 1 << 16, 1 << 30])
 def test_round_trip(model: Toy, shard_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = save_prepacked(model, tmp_path / "new" / "folder", shard_bytes=shard_bytes)
@@ -44,9 +49,17 @@ def test_round_trip(model: Toy, shard_bytes: int, tmp_path: Path, capsys: pytest
     other = load_prepacked(meta_toy(), index.parent)
     assert "loading: 100%" in capsys.readouterr().err
     assert torch.equal(other(IDS), model(IDS)) and other.lm_head.weight is other.embed.weight
-    assert sum(isinstance(module, MacheteLinear) for module in other.modules()) == 14
+    assert len(linears(other)) == 14
     again = load_prepacked(toy(bias=True), index.parent, progress=False)  # from a model that has values
     assert torch.equal(again(IDS), model(IDS))
+
+
+def test_loading_makes_ready_for_the_first_product(model: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_prepacked(model, tmp_path)
+    told: list[tuple[bool, str, str]] = []
+    monkeypatch.setattr(ahead, "prepare", lambda w, b_type, a: told.append((w.is_meta, b_type.name, a)))
+    load_prepacked(meta_toy(), tmp_path, progress=False)
+    assert set(told) == {(False, layer.b_type.name, "fp16") for layer in linears(model)} and len(told) == 14
 
 
 def test_files_say_what_they_are(model: Toy, tmp_path: Path) -> None:
