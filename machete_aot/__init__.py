@@ -33,8 +33,9 @@ try:
     from . import torch_op as torch_op
     from .gate_up import interleave_gate_up, prepack_gate_up
     from .overlap import set_overlap
+    from .preload import warmup
     from .prepack import prepack_b, unpack_b
-    from .product import explain, gemm, supported_schedules, warmup
+    from .product import explain, gemm, supported_schedules
 except ModuleNotFoundError as error:  # bundles can be built, verified and mirrored without torch
     if error.name != "torch":
         raise

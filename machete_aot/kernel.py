@@ -117,7 +117,7 @@ def check_device(manifest: Manifest, device: Device) -> None:
 def _capture_error(kernel_id: str) -> CaptureError:
     return CaptureError(
         f"kernel {kernel_id} is not loaded yet, and nothing can be loaded while a CUDA graph is being captured; call "
-        "machete_aot.warmup(a_dtype, b_type, shapes=[(M, N, K), ...]) before the capture"
+        "machete_aot.warmup(model), or machete_aot.warmup(a_dtype, b_type, shapes=[(M, N, K), ...]), before the capture"
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from .bundle import Bundle
 from .config import BLOCK_K, PRODUCTS, UNIT_K, ProductTypes, TypeConfig
 from .errors import ArgumentError, UnsupportedError
 from .fetch import default_bundle
-from .kernel import load_kernel
-from .launch import choose
 from .operands import as_given, reach, run_kernel
 from .part import H100
 from .prepack import A_NAMES as A_NAMES
@@ -155,45 +153,6 @@ def supported_schedules(
     return [] if types is None else [s.name for s in manifest.schedules_for(types)]
 
 
-def warmup(
-    a_dtype: torch.dtype,
-    b_type: ScalarType,
-    shapes: Iterable[tuple[int, int, int]] | None = None,
-    device: torch.device | str | int | None = None,
-    schedules: Iterable[str] | None = None,
-    *,
-    batch_invariant: bool = False,
-    b_group_size: int | None = 128,
-    with_zeros: bool | str = False,
-) -> list[str]:
-    """Loads kernels, so that later calls need not: before a CUDA graph capture, or to keep a first call fast.
-
-    ``shapes``: (M, N, K) of products to come; ``schedules``: names. Loads the kernels that these need, or, without
-    either, all that multiply these types. ``device``: None is torch's current one. ``b_group_size``, ``with_zeros`` and
-    ``batch_invariant`` say how they will be multiplied, which decides what kernels these are; of the group size it
-    matters only whether it is a multiple of 64. Returns the kernels' ids.
-    Raises ArgumentError, UnsupportedError, DeviceError, CaptureError and BundleError.
-    """
-    bundle, zeros = default_bundle(), _zeros_kind(with_zeros)
-
-    def types_of(k: int | None) -> TypeConfig:
-        return kernel_types(bundle, _product_types(a_dtype, b_type, zeros, _is_fine(b_group_size, k)))
-
-    types = types_of(None)
-    index = _device_index(device)
-    part = driver.device(index).part
-    if shapes is None and schedules is None:
-        chosen = [(types, s) for s in bundle.manifest.schedules_for(types)]
-    else:
-        found = [(types_of(shape[2]), shape) for shape in shapes or ()]
-        chosen = [(t, choose(bundle, t, shape, None, part, batch_invariant)) for t, shape in found]
-        chosen += [(types, choose(bundle, types, (1, 1, 1), name, part)) for name in schedules or ()]
-    kernels = list(dict.fromkeys(bundle.manifest.kernel_for(t, s.name).id for t, s in chosen))
-    for kernel_id in kernels:
-        load_kernel(bundle, kernel_id, index, _current_stream(index))
-    return kernels
-
-
 def explain(
     m: int,
     n: int,
@@ -330,12 +289,3 @@ def _current_stream(index: int) -> int:
     """Address of torch's current stream of a device. torch.cuda.current_stream takes microseconds more; Inductor and
     Triton use this getter too."""
     return int(torch._C._cuda_getCurrentRawStream(index))
-
-
-def _device_index(device: torch.device | str | int | None) -> int:
-    if isinstance(device, int):
-        return device
-    chosen = torch.device("cuda") if device is None else torch.device(device)
-    if chosen.type != "cuda":
-        raise ArgumentError(f"kernels are loaded on CUDA devices, got {chosen}")
-    return torch.cuda.current_device() if chosen.index is None else chosen.index
