@@ -4,7 +4,7 @@
 Microseconds a call, M = 16 and N = K = 4096, while 100 calls are queued after a synchronisation; the median of many
 such queues, all implementations in turns: machete_aot.gemm through the loader and through cuda-bindings,
 torch.ops.machete_aot.gemm, torch.mm, and Humming where it can be imported. Then the first product of a new process in
-which torch and the package are ready, and calls over changing shapes, during which nothing may grow.
+which torch and the package are ready, and calls over changing shapes, during which nothing may grow (``soak.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,9 +28,10 @@ from machete_aot import loader
 from machete_aot.peers import PEERS, find_peers
 from machete_aot.timing import Layer
 
+from .soak import soak
+
 M, N, K, GROUP = 16, 4096, 4096, 128
-QUEUED, REPEATS = 100, 40
-SOAK_SHAPES = tuple((m, n, k) for m in (1, 7, 16, 64, 200) for n, k in ((4096, 4096), (1000, 1096), (576, 7168)))
+QUEUED, REPEATS, SOAK_SECONDS = 100, 40, 60
 LOADER = "MACHETE_AOT_LOADER"
 
 Call = Callable[[], object]
@@ -88,34 +88,6 @@ def child(what: str) -> dict[str, Any]:
     return {"loader": loader.status()[1], "us": queue_us(calls_of(layer))}
 
 
-def soak(count: int) -> dict[str, Any]:
-    """Memory before and after so many calls, the first round of which is not counted."""
-    calls = []
-    for m, n, k in SOAK_SHAPES:
-        a = torch.randn(m, k, device="cuda").to(torch.bfloat16)
-        codes = torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32, device="cuda")
-        scales = torch.rand(-(-k // GROUP), n, device="cuda").to(torch.bfloat16)
-        calls.append((a, machete.prepack_b(codes, machete.u4b8), scales))
-
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
-            for a, b, scales in calls:
-                machete.gemm(a, b, machete.u4b8, scales, b_group_size=GROUP)
-            torch.cuda.synchronize()
-
-    run(100)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.cuda.memory_reserved()
-    start = time.perf_counter()
-    run(count // len(calls))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.cuda.memory_reserved()
-    return {
-        "calls": count // len(calls) * len(calls),
-        "seconds": round(time.perf_counter() - start, 1),
-        "host_growth_kib": after[0] - before[0],
-        "device_growth_bytes": after[1] - before[1],
-    }
-
-
 def spawn(what: str, **environment: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.eager", "--child", what]
     result = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
@@ -140,7 +112,7 @@ def main() -> None:
         "native": spawn("queue"),
         "bindings": spawn("queue", **{LOADER: "0"}),
         "first_ms": sorted(spawn("first")["first_ms"] for _ in range(5)),
-        "soak": soak(options.soak),
+        "soak": soak(options.soak, SOAK_SECONDS),
     }
     text = json.dumps(record, indent=2)
     print(text)
