@@ -6,8 +6,9 @@
 
 Checkpoints of random codes are written layer by layer into a temporary folder. GPTQ's are symmetric, AWQ's have zero
 points. The bf16 model has the same weights, dequantised here from the formats' definitions. Decoding is greedy, with a
-static cache and a step as one CUDA graph. Without a GPU everything runs eagerly on the CPU: for a try with small sizes.
-Needs the extra "models".
+static cache and a step as one CUDA graph: with transformers' own kernels between the products, and with the decoder
+layers by torch.compile (``--ways``); both models are decoded in the same ways. Without a GPU there are no graphs: for a
+try with small sizes. Needs the extra "models".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from examples.greedy import Greedy
+from benchmarks.decoding import REFERENCE, add_options, decode
 from machete_aot.bench_report import device_facts
 from machete_aot.nn import MacheteLinear, fuse, load_quantized, parameters_on_meta
 from machete_aot.nn.checkpoint import Checkpoint
@@ -39,7 +40,6 @@ GROUP = 128
 WEIGHT = 0.02  # standard deviation of the weights
 CODE = 4.6  # that of uniform codes of 4 bits
 AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # where column c % 8 lies in a word, in codes from its lowest bits
-PROMPT = 64
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {
         "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True,
@@ -53,10 +53,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Loads, checks and times a whole quantised model.")
     for name, default in (
         ("layers", 32), ("hidden", 4096), ("intermediate", 14336), ("heads", 32), ("kv-heads", 8), ("vocab", 128256),
-        ("positions", 1000), ("new", 256),
+        ("positions", 1000),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--batches", default="1,16,64", help="numbers of sequences that are decoded at a time")
+    add_options(parser)
     parser.add_argument("--out", type=Path, help="a JSON file of every figure")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: the temporary folder")
     for part in ("gptq", "awq", "logits", "decode", "unfused", "bf16", "act-order"):
@@ -94,7 +94,8 @@ class Run:
         }
         torch.manual_seed(0)
         self.ids = torch.randint(options.vocab, (1, options.positions), device=self.device)
-        self.tokens: dict[tuple[str, int], torch.Tensor] = {}
+        self.tokens: dict[tuple[str, str, int], torch.Tensor] = {}
+        self.start = START
 
     def note(self, text: str) -> None:
         print(f"[{time.perf_counter() - START:6.1f} s] {text}", flush=True)
@@ -238,36 +239,6 @@ def compare(run: Run, model: Any, floating: Any) -> dict[str, float]:
     }
 
 
-def decode(run: Run, name: str, model: Any) -> None:
-    """Times greedy decoding of one model for each batch."""
-    new = run.options.new
-    for batch in map(int, run.options.batches.split(",")):
-        prompt = run.ids[0, :PROMPT].repeat(batch, 1)
-        prompt = (prompt + torch.arange(batch, device=run.device)[:, None]) % run.options.vocab
-        run.reset_peak()
-        greedy = Greedy(model, batch, prompt.shape[1] + new, "graph" if run.device.type == "cuda" else "eager")
-        greedy.prepare(prompt)
-        prefill, _ = run.seconds(lambda g=greedy, p=prompt: g.generate(p, 1))
-        seconds, tokens = run.seconds(lambda g=greedy, p=prompt: g.generate(p, new))
-        step_ms = 1e3 * (seconds - prefill) / max(1, new - 1)
-        entry = {
-            "model": name, "batch": batch, "new": new, "seconds": seconds, "prefill_seconds": prefill,
-            "step_ms": step_ms, "tokens_per_s": batch * new / seconds, "peak_gb": run.peak_gb(),
-        }  # fmt: skip
-        self_tokens = tokens[:, prompt.shape[1] :].cpu()
-        run.tokens[name, batch] = self_tokens
-        reference = run.tokens.get(("bf16", batch))
-        if reference is not None and name != "bf16":
-            same = (self_tokens == reference).int().cumprod(1).sum(1).float()
-            entry["tokens_as_bf16"] = float(same.mean())  # before the first that differs
-            other = next(e for e in run.found["decode"] if e["model"] == "bf16" and e["batch"] == batch)
-            entry["speed_up"] = other["step_ms"] / step_ms
-        run.found["decode"].append(entry)
-        faster = f", {entry['speed_up']:.2f} times bf16" if "speed_up" in entry else ""
-        run.note(f"{name}, batch {batch}: {step_ms:.2f} ms a step, {entry['tokens_per_s']:.0f} tokens/s{faster}")
-        del greedy
-
-
 def act_order(run: Run) -> list[dict[str, float]]:
     """What gathering the activations costs: a layer with and without a permutation, in graphs of many calls."""
     found = []
@@ -334,7 +305,7 @@ def measure_format(run: Run, form: str, first: bool) -> None:
         found["logits"] = compare(run, model, floating)
         run.note(f"{form}: {found['logits']}")
     if floating is not None and first and not options.skip_bf16 and not options.skip_decode:
-        decode(run, "bf16", floating)
+        decode(run, REFERENCE, floating)
     if not options.skip_decode and not options.skip_unfused and first:
         decode(run, form, model)
     seconds, report = run.seconds(lambda: fuse(model))

@@ -59,9 +59,19 @@ def difference(model: Any, floating: Any, ids: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def generate(model: Any, prompt: torch.Tensor, new: int, way: str, backend: str) -> torch.Tensor:
+def regret(model: Any, tokens: torch.Tensor, prompt: int) -> float:
+    """By how much the model prefers its own choices to these tokens', after them, over the largest logit."""
+    with torch.inference_mode():
+        logits = model(tokens[:, :-1].to(model.device)).logits[:, prompt - 1 :].float().cpu()
+    chosen = logits.gather(-1, tokens[:, prompt:, None].cpu())[..., 0]
+    return float((logits.amax(-1) - chosen).max() / logits.abs().max())
+
+
+def generate(
+    model: Any, prompt: torch.Tensor, new: int, way: str, backend: str, attention: str | None = None
+) -> torch.Tensor:
     """Generates once to prepare and once to time, and prints the time."""
-    greedy = Greedy(model, prompt.shape[0], prompt.shape[1] + new, way, backend)
+    greedy = Greedy(model, prompt.shape[0], prompt.shape[1] + new, way, backend, attention=attention)
     greedy.prepare(prompt)
     start = time.perf_counter()
     tokens = greedy.generate(prompt, new).cpu()
@@ -98,9 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(fuse(model))
     errors["fused"] = difference(model, floating, prompt)
     found["fused"] = generate(model, prompt, options.tokens, "graph" if gpu else "eager", backend)
+    if not options.skip_compile:
+        found["layers"] = generate(model, prompt, options.tokens, "layers", backend, "packed")
     for name, error in errors.items():
         print(f"logits against the dequantised model, {name}: {error:.2g} of the norm")
     same = all(torch.equal(found["eager"], found[way]) for way in found if way in ("compile", "graph"))
+    for way in ("fused", "layers"):  # which round elsewhere
+        if way in found:
+            errors[f"choices, {way}"] = regret(floating, found[way], prompt.shape[1])
+            print(f"choices of the dequantised model against those of {way}: {errors[f'choices, {way}']:.2g} apart")
     print(f"all ways give {'the same tokens' if same else 'DIFFERENT tokens'}")
     return 0 if same and max(errors.values()) < TOLERANCE else 1
 

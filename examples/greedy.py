@@ -3,35 +3,60 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import StaticCache
 
-WAYS = ("eager", "compile", "graph")
+from examples.layers import CompiledLayers, attention_of
+
+ALIGNED = 16
+WAYS = ("eager", "compile", "graph", "layers")
 
 
 class Greedy:
     """Decodes ``batch`` sequences of up to ``length`` tokens, prompt included.
 
-    ``way``: "eager"; "compile", a step by torch.compile; "graph", a step as a CUDA graph. A step has fixed shapes and
-    addresses: it reads the last token and its position from tensors, and writes the next ones there.
+    ``way``: "eager"; "compile", a step by torch.compile; "graph", a step as a CUDA graph; "layers", the decoder layers
+    by torch.compile, ``per`` at a time, and on a GPU the step as a CUDA graph. A step has fixed shapes and addresses:
+    it reads the last token and its position from tensors, and writes the next ones there.
+
+    ``attention``: one of ``examples.layers.ATTENTIONS`` for the steps; None: the model's own. ``backend`` and
+    ``inductor``: torch.compile's, the latter its ``options``.
     """
 
-    def __init__(self, model: Any, batch: int, length: int, way: str = "eager", backend: str = "inductor") -> None:
-        self.model, self.way, device = model, way, model.device
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        way: str = "eager",
+        backend: str = "inductor",
+        *,
+        attention: str | None = None,
+        per: int = 4,
+        inductor: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.way, self.attention, self.per, device = model, way, attention, per, model.device
+        self.options = {"backend": backend, **({"options": inductor} if inductor else {})}
+        # Attention reads all of the cache, so it is no longer than needed; its kernels want masks of 16 bytes.
+        places = -(-length // ALIGNED) * ALIGNED
+        self.cache = StaticCache(config=model.config, max_cache_len=places)
         self.tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.last = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.places = torch.arange(length, device=device)
-        self._next = torch.compile(self._step, backend=backend) if way == "compile" else self._step
+        self.places = torch.arange(places, device=device)
+        self.layers: CompiledLayers | None = None
+        self._next = torch.compile(self._step, **self.options) if way == "compile" else self._step
 
     @torch.inference_mode()
     def prepare(self, prompt: torch.Tensor) -> None:
         """Runs what later calls need: memory, kernels, compilation, the graph. ``prompt`` as in ``generate``."""
         self._prefill(prompt)
-        if self.way != "graph":
+        if self.way == "layers":
+            self.layers = CompiledLayers(self.model, self.cache, self.position, self.per, **self.options)
+        if self.way not in ("graph", "layers") or self.model.device.type != "cuda":
             self._next()
             return
         stream = torch.cuda.Stream()
@@ -63,13 +88,20 @@ class Greedy:
 
     def _step(self) -> None:
         mask = (self.places <= self.position).view(1, 1, 1, -1).expand(self.last.shape[0], 1, 1, -1)
-        found = self.model(
-            self.last,
-            attention_mask=mask,
-            position_ids=self.position.unsqueeze(0),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        if self.attention is not None:  # additive, so that no layer has to convert it
+            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, float("-inf"))
+        with ExitStack() as stack:
+            if self.attention is not None:
+                stack.enter_context(attention_of(self.model, self.attention))
+            if self.layers is not None:
+                stack.enter_context(self.layers.installed())
+            found = self.model(
+                self.last,
+                attention_mask=mask,
+                position_ids=self.position.unsqueeze(0),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         self.position += 1
         self._take(found.logits)
 
