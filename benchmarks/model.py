@@ -240,7 +240,10 @@ def compare(run: Run, model: Any, floating: Any) -> dict[str, float]:
 
 
 def act_order(run: Run) -> list[dict[str, float]]:
-    """What gathering the activations costs: a layer with and without a permutation, in graphs of many calls."""
+    """What gathering the activations costs: a layer with and without a permutation, in graphs of many calls.
+
+    And what a gather takes by itself, in torch's ways of doing it.
+    """
     found = []
     calls = 20
     for k in (run.options.hidden, run.options.intermediate):
@@ -254,13 +257,31 @@ def act_order(run: Run) -> list[dict[str, float]]:
         for m in (1, 16, 64, 1024):
             x = torch.randn(m, k, device=run.device).to(torch.bfloat16)
             us = [1e6 * _graph_seconds(run, layer, x, calls) / calls for layer in layers]
-            found.append({"m": m, "n": n, "k": k, "plain_us": us[0], "act_order_us": us[1]})
+            gathers = {
+                name: 1e6 * _graph_seconds(run, gather, x, calls) / calls
+                for name, gather in _gathers(layers[1].perm, x).items()
+            }
+            found.append({"m": m, "n": n, "k": k, "plain_us": us[0], "act_order_us": us[1], "gathers_us": gathers})
             run.note(f"act-order {n} x {k}, M = {m}: {us[0]:.1f} us without, {us[1]:.1f} us with")
+            run.note("  gathers: " + ", ".join(f"{name} {us:.1f} us" for name, us in gathers.items()))
     return found
 
 
+def _gathers(perm: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Columns of x in another order, in several ways."""
+    longer, into = perm.long(), torch.empty_like(x)
+    everywhere = longer.expand(x.shape)
+    return {
+        "index_select, int32": lambda x: x.index_select(-1, perm),
+        "index_select, int64": lambda x: x.index_select(-1, longer),
+        "index_select into a buffer": lambda x: torch.index_select(x, -1, perm, out=into),
+        "index": lambda x: x[..., perm],
+        "gather": lambda x: x.gather(-1, everywhere),
+    }
+
+
 @torch.inference_mode()
-def _graph_seconds(run: Run, layer: MacheteLinear, x: torch.Tensor, calls: int) -> float:
+def _graph_seconds(run: Run, layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, calls: int) -> float:
     """Seconds of so many calls, in a CUDA graph where there is a GPU; the least of several. The weights stay in L2."""
 
     def many() -> None:

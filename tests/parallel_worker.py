@@ -32,7 +32,7 @@ def run(rank: int, ranks: int, folder: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
         torch.set_num_threads(1)
         mesh = init_device_mesh("cpu", (ranks,))
-        for check in (columns, rows, block, models, mistakes):
+        for check in (columns, rows, block, ordered_block, models, mistakes):
             check(mesh, rank, ranks)
         dist.destroy_process_group()
         Path(folder, f"done-{rank}").touch()
@@ -101,6 +101,21 @@ def block(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     parallelize_module(fused, mesh, {"mlp.gate_up_proj": ColumnParallel(), "mlp.down_proj": RowParallel()})
     assert fused["mlp"].gate_up_proj.out_features == 64
     found = fused["mlp"](x).float()
+    assert float((found - expected).norm()) < 4e-3 * float(expected.norm())
+
+
+def ordered_block(mesh: DeviceMesh, rank: int, ranks: int) -> None:
+    """A gated MLP with act-order: once it is fused, its second product has none and can be cut along K."""
+    case = Case("GPTQ", 4, 64, True, "integer")
+    holder = torch.nn.ModuleDict({"mlp": toy(hidden=128, inner=64 * ranks).layers[0].mlp})
+    for name, seed in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        linear = getattr(holder["mlp"], name)
+        setattr(holder["mlp"], name, layer(case, linear.out_features, linear.in_features, seed, bias=False))
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(3)).to(FP16)
+    expected = holder["mlp"](x).float()
+    assert fuse(holder).reordered == ["mlp.gate_up_proj"]
+    parallelize_module(holder, mesh, {"mlp.gate_up_proj": ColumnParallel(), "mlp.down_proj": RowParallel()})
+    found = holder["mlp"](x).float()
     assert float((found - expected).norm()) < 4e-3 * float(expected.norm())
 
 

@@ -7,14 +7,15 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from checkpoints import BF16, FP16, Attention, Case, Mlp, Toy, make, toy
 from machete_aot import product
-from machete_aot.nn import MacheteLinear, fuse
+from machete_aot.nn import MacheteLinear, fuse, load_prepacked, save_prepacked
 from machete_aot.nn import linear as linear_module
-from machete_aot.nn.fuse import GateUpMLP, MergedPart
+from machete_aot.nn.fuse import GateUpMLP, MergedPart, merge_gate_up
 
 PLAIN = Case("GPTQ", 4, 64, False, "symmetric")
 INTEGER = Case("GPTQ", 4, 32, False, "integer")
@@ -110,9 +111,69 @@ def test_act_orders_that_agree_are_merged() -> None:
     case = Case("GPTQ", 4, 64, True, "integer")
     model = quantised(case, seeds=lambda i: 0)  # layers of one K get one order
     expected = model(IDS).detach()
-    assert not fuse(model).skipped
+    report = fuse(model)
+    assert not report.skipped and report.reordered == [f"layers.{i}.mlp.gate_up_proj" for i in range(2)]
+    assert "2 have taken over the act-order of the layer after them" in str(report)
     assert model.layers[0].self_attn.qkv_proj.perm is not None and model.layers[0].mlp.gate_up_proj.perm is not None
     assert float((model(IDS).detach() - expected).float().norm()) < 4e-3 * float(expected.float().norm())
+
+
+@pytest.mark.parametrize("zeros", ["symmetric", "integer"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_order_of_down_is_that_of_the_outputs_before_it(bias: bool, zeros: str, tmp_path: Path) -> None:
+    """Against weights that numpy dequantised in their original order; and bit for bit against gathering."""
+    case, hidden, inner = Case("GPTQ", 4, 32, True, zeros), 128, 256
+    holder = torch.nn.ModuleDict({"mlp": Mlp(hidden, inner)})
+    stored = {name: make(case, inner, hidden, 5) for name in ("gate_proj", "up_proj")}
+    stored["down_proj"] = make(case, hidden, inner, 6)
+    stored["up_proj"].tensors["qweight"].bitwise_xor_(0x35353535)
+    stored["up_proj"].codes = stored["up_proj"].codes ^ np.where(np.arange(hidden) % 2, 3, 5)[:, None].astype(np.uint32)
+    biases = {name: torch.randn(each.scales.shape[1]).to(FP16) for name, each in stored.items()}
+    for name, each in stored.items():
+        extra = biases[name] if bias else None
+        setattr(holder["mlp"], name, MacheteLinear.from_gptq(**each.tensors, **each.options, bias=extra, dtype=FP16))
+    plain = holder["mlp"]
+    x = torch.randn(7, hidden).to(FP16)
+
+    def linear(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value.double() @ stored[name].weights(FP16).double() + (biases[name].double() if bias else 0)
+
+    wanted = linear("down_proj", torch.nn.functional.silu(linear("gate_proj", x)) * linear("up_proj", x))
+    gathering = GateUpMLP(merge_gate_up(plain.gate_proj, plain.up_proj), plain.down_proj)
+    assert fuse(holder).reordered == ["mlp.gate_up_proj"]
+    fused = holder["mlp"]
+    assert fused.down_proj.perm is None and plain.down_proj.perm is not None
+    assert fused.down_proj.qweight.data_ptr() == plain.down_proj.qweight.data_ptr()  # no copy
+    found = fused(x)
+    assert torch.equal(found, gathering(x))
+    assert float((found.double() - wanted).norm()) < 2e-3 * float(wanted.norm())
+
+    save_prepacked(holder, tmp_path)
+    other = torch.nn.ModuleDict({"mlp": Mlp(hidden, inner)})
+    assert torch.equal(load_prepacked(other, tmp_path, device="cpu", progress=False)["mlp"](x), found)
+
+
+@pytest.mark.parametrize("why", ["hooks", "another MLP"])
+def test_orders_stay_where_others_may_see_them(why: str) -> None:
+    model = quantised(ACT_ORDER, seeds=lambda i: 0, layers=1)
+    mlp = model.layers[0].mlp
+    if why == "hooks":
+        mlp.down_proj.register_forward_pre_hook(lambda *_: None)
+    else:
+        mlp.act_fn = torch.nn.GELU()
+    expected = model(IDS).detach()
+    report = fuse(model)
+    assert report.reordered == [] and model.layers[0].mlp.down_proj.perm is not None
+    assert float((model(IDS).detach() - expected).float().norm()) < 4e-3 * float(expected.float().norm())
+
+
+def test_batch_invariance_is_kept() -> None:
+    model = quantised(ACT_ORDER, seeds=lambda i: 0, layers=1)
+    for module in model.modules():
+        if isinstance(module, MacheteLinear):
+            module.batch_invariant = True
+    fuse(model)
+    assert [m.batch_invariant for m in model.modules() if isinstance(m, MacheteLinear)] == 4 * [True]
 
 
 def layer(case: Case = PLAIN, n: int = 128, k: int = 128, dtype: torch.dtype = FP16) -> MacheteLinear:
@@ -198,8 +259,6 @@ def test_compiled_as_one_graph() -> None:
 
 def test_fused_and_saved(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    from machete_aot.nn import load_prepacked, save_prepacked
-
     model = quantised(bias=True)
     model.layers[1].mlp.act_fn = torch.nn.GELU()  # merged without its activation
     fuse(model)

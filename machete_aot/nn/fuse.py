@@ -3,7 +3,8 @@
 
 The model's own code stays as it is. The projections are replaced by parts of a product: the first that is called
 multiplies for all of them, the others return their columns of that result. Where a module is gate, up, SiLU and down
-and nothing else, which is checked by running it, it becomes two products, the first with ``activation="swiglu"``.
+and nothing else, which is checked by running it, it becomes two products, the first with ``activation="swiglu"``. Its
+outputs then come in whatever order the second wants them, so that down's act-order costs nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ class FuseReport:
     """``merged``: names of the new layers. ``skipped``: why others were not merged, by their parent's name.
 
     ``without_activation``: which of ``merged`` are gate and up that the model's own code still multiplies.
+    ``reordered``: which of ``merged`` give their outputs in the act-order of the layer after them, which then has none.
     """
 
     merged: list[str] = field(default_factory=list)
     without_activation: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    reordered: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.merged)} merged, {len(self.skipped)} not"]
@@ -46,6 +49,8 @@ class FuseReport:
             f"{name}: merged without its activation: the MLP is not silu(gate) * up alone"
             for name in self.without_activation
         ]
+        if self.reordered:
+            lines.append(f"{len(self.reordered)} have taken over the act-order of the layer after them")
         return "\n".join(lines)
 
 
@@ -123,6 +128,8 @@ def fuse(model: torch.nn.Module) -> FuseReport:
                 report.merged.append(f"{dot}gate_up_proj")
                 if _has(parent, ("gate_up_proj",)):
                     report.without_activation.append(f"{dot}gate_up_proj")
+                elif _folds(parent):
+                    report.reordered.append(f"{dot}gate_up_proj")
             else:
                 report.skipped[name] = f"{', '.join(GATE_UP)}: {reason}"
     return report
@@ -137,21 +144,43 @@ def merge(layers: Sequence[MacheteLinear]) -> MacheteLinear:
         codes = torch.cat([_gptq(layer) for layer in layers], dim=1)
         qweight = prepack_b(codes, first.b_type, first.scales.dtype, k=first.in_features)
     zeros = None if first.zeros is None else torch.cat([_zeros(layer) for layer in layers], dim=1)
-    return MacheteLinear.from_packed(
+    merged = MacheteLinear.from_packed(
         qweight, first.b_type, torch.cat([layer.scales for layer in layers], dim=1), zeros, first.in_features,
         first.group_size, _biases(layers), first.perm,
     )  # fmt: skip
+    merged.batch_invariant = first.batch_invariant
+    return merged
 
 
-def merge_gate_up(gate: MacheteLinear, up: MacheteLinear) -> MacheteLinear:
-    """One layer with ``activation="swiglu"`` of two that agree; their outputs are a multiple of 8."""
-    qweight = prepack_gate_up(_gptq(gate), _gptq(up), gate.b_type, gate.scales.dtype, k=gate.in_features)
+def merge_gate_up(gate: MacheteLinear, up: MacheteLinear, order: torch.Tensor | None = None) -> MacheteLinear:
+    """One layer with ``activation="swiglu"`` of two that agree; their outputs are a multiple of 8.
+
+    ``order``: integers [outputs], a permutation; output i is what was output ``order[i]``. None: as they are.
+    """
+
+    def both(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (gate, up) if order is None else (gate.index_select(-1, order), up.index_select(-1, order))
+
+    codes = both(_gptq(gate), _gptq(up))
+    qweight = prepack_gate_up(*codes, gate.b_type, gate.scales.dtype, k=gate.in_features)
     biases = _biases([gate, up])
-    return MacheteLinear.from_packed(
-        qweight, gate.b_type, interleave_gate_up(gate.scales, up.scales),
-        None if gate.zeros is None else interleave_gate_up(gate.zeros, _zeros(up)), gate.in_features, gate.group_size,
-        None if biases is None else interleave_gate_up(*biases.chunk(2)), gate.perm, activation="swiglu",
+    merged = MacheteLinear.from_packed(
+        qweight, gate.b_type, interleave_gate_up(*both(gate.scales, up.scales)),
+        None if gate.zeros is None else interleave_gate_up(*both(gate.zeros, _zeros(up))), gate.in_features,
+        gate.group_size, None if biases is None else interleave_gate_up(*both(*biases.chunk(2))), gate.perm,
+        activation="swiglu",
     )  # fmt: skip
+    merged.batch_invariant = gate.batch_invariant
+    return merged
+
+
+def without_order(layer: MacheteLinear) -> MacheteLinear:
+    """The same layer, of the same memory, for activations that are in its act-order already."""
+    found = MacheteLinear.from_packed(
+        layer.qweight, layer.b_type, layer.scales, layer.zeros, layer.in_features, layer.group_size, layer.bias
+    )
+    found.batch_invariant = layer.batch_invariant
+    return found
 
 
 def attach_merged(
@@ -190,7 +219,11 @@ def _fuse_mlp(model: torch.nn.Module, name: str, parent: torch.nn.Module) -> str
     if reason is not None:
         return reason
     if name and gate.out_features % GATE_BLOCK == 0 and _may_be_swiglu(parent):
-        fused = GateUpMLP(merge_gate_up(gate, up), getattr(parent, DOWN))
+        down = getattr(parent, DOWN)
+        if _folds(parent):
+            fused = GateUpMLP(merge_gate_up(gate, up, down.perm), without_order(down))
+        else:
+            fused = GateUpMLP(merge_gate_up(gate, up), down)
         if _same(parent, fused, gate):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, fused)
@@ -238,6 +271,17 @@ def _may_be_swiglu(parent: torch.nn.Module) -> bool:
         not parent._parameters and not parent._buffers and not parent._forward_hooks and not parent._forward_pre_hooks
     )
     return plain and DOWN in children and len(rest) <= 1
+
+
+def _folds(parent: torch.nn.Module) -> bool:
+    """Whether down's act-order can be that of gate's and up's outputs instead."""
+    down = getattr(parent, DOWN)
+    return (
+        isinstance(down, MacheteLinear)
+        and down.perm is not None
+        and down.sharding is None
+        and not (down._forward_hooks or down._forward_pre_hooks)
+    )
 
 
 def _same(mlp: torch.nn.Module, fused: torch.nn.Module, layer: MacheteLinear) -> bool:

@@ -51,7 +51,8 @@ class RowParallel(ParallelStyle):
     ``input_is_parallel``: x is [..., K / ranks] already, as ColumnParallel layers leave it; False: x is [..., K], the
     same on all ranks. ``reduce_dtype``: torch.float32 sums the ranks' fp32 sums and rounds once, at twice the bytes;
     None sums what each has rounded to its dtype. ``uneven``: as in ColumnParallel. The bias is added on rank 0. Raises
-    UnsupportedError for a layer with act-order: its k are in another order than the outputs of the layer before.
+    UnsupportedError for a layer with act-order: its k are in another order than the outputs of the layer before. The
+    second product of an MLP that ``fuse`` has made one has none.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class RowParallel(ParallelStyle):
             raise UnsupportedError(
                 "a layer with act-order cannot be cut along K: its groups hold k from all over the input, so every "
                 "rank would need all activations; cut it along N with ColumnParallel, or use a checkpoint without it "
-                "(desc_act=False)"
+                "(desc_act=False); the down_proj of a gated MLP has none after fuse"
             )
         if layer.activation is not None:
             raise UnsupportedError("a layer with an activation cannot be cut along K: the sum comes before it")
