@@ -3,33 +3,42 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+import parallel_gpu_worker
 import parallel_worker
 from machete_aot.errors import UnsupportedError
+from processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_against_layers_that_are_not_sharded(ranks: int, tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    processes = [
-        context.Process(target=parallel_worker.run, args=(rank, ranks, str(tmp_path))) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-    errors = "\n".join(path.read_text() for path in sorted(tmp_path.glob("error-*")))
-    assert not errors, errors
-    assert len(list(tmp_path.glob("done-*"))) == ranks
+    run_ranks(parallel_worker.run, ranks, tmp_path)
+
+
+def test_what_two_gpus_do_on_the_cpu(tmp_path: Path) -> None:
+    """The checks of gpu/test_parallel_gpu.py, smaller and without graphs."""
+    run_ranks(parallel_gpu_worker.run, 2, tmp_path, "cpu")
+
+
+def fails_at_rank_1(rank: int, ranks: int, folder: str) -> None:
+    if rank == 1:
+        Path(folder, "error-1").write_text("what went wrong")
+        raise SystemExit(1)
+    time.sleep(60)
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="error-1: what went wrong"):
+        run_ranks(fails_at_rank_1, 2, tmp_path)
+    assert time.monotonic() - start < 50
 
 
 def test_places_to_cut() -> None:
