@@ -17,6 +17,7 @@ from examples.layers import ATTENTIONS
 
 PROMPT = 64
 REFERENCE = "bf16"
+LONGEST = 20  # kernels of a profile that are printed
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per", type=int, default=4, help="decoder layers that are compiled together")
     parser.add_argument("--inductor", type=json.loads, help='options of torch.compile: {"combo_kernels": true}')
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step, by their time")
     parser.add_argument("--seconds", type=float, help="begin no decoding after so many seconds of the run")
 
 
@@ -121,4 +123,33 @@ def _measured(run: Run, name: str, way: Way, batch: int, model: Any) -> dict[str
             e for e in run.found["decode"] if (e["model"], e["way"], e["batch"]) == (REFERENCE, str(way), batch)
         )
         entry["speed_up"] = other["step_ms"] / step_ms
+    if options.profile:
+        greedy.generate(prompt, 1)
+        entry |= kernels_of(run, greedy)
+        if "kernels" in entry:
+            count = sum(kernel["count"] for kernel in entry["kernels"])
+            run.note(f"  {count} kernels, {sum(kernel['us'] for kernel in entry['kernels']):.0f} us; the longest:")
+            for kernel in entry["kernels"][:LONGEST]:
+                run.note(f"  {kernel['us']:9.1f} us {kernel['count']:5} x {kernel['name'][:100]}")
     return entry
+
+
+def kernels_of(run: Run, greedy: Greedy) -> dict[str, Any]:
+    """The kernels of one step, on a CPU its operators, or why there is no profile."""
+    on_gpu = run.device.type == "cuda"
+    try:
+        with torch.profiler.profile(
+            activities=[getattr(torch.profiler.ProfilerActivity, "CUDA" if on_gpu else "CPU")]
+        ) as found:
+            run.seconds(greedy.step)
+        events = [
+            {
+                "name": event.key,
+                "count": event.count,
+                "us": event.self_device_time_total if on_gpu else event.self_cpu_time_total,
+            }
+            for event in found.key_averages()
+        ]
+    except Exception as error:
+        return {"profile_problem": f"{type(error).__name__}: {str(error)[:200]}"}
+    return {"kernels": sorted((event for event in events if event["us"] > 0), key=lambda event: -event["us"])}

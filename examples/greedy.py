@@ -74,8 +74,13 @@ class Greedy:
         """prompt [batch, P] -> [batch, P + new], each token the likeliest. Asynchronous on a GPU."""
         self._prefill(prompt)
         for _ in range(new - 1):
-            self._next()
+            self.step()
         return self.tokens[:, : prompt.shape[1] + new].clone()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """The next token of each sequence, after ``generate`` of fewer than ``length``."""
+        self._next()
 
     def _prefill(self, prompt: torch.Tensor) -> None:
         size = prompt.shape[1]

@@ -30,7 +30,9 @@ def test_benchmark_of_a_model(tmp_path: Path) -> None:
 
     out = tmp_path / "model.json"
     sizes = "--layers 1 --hidden 128 --intermediate 256 --heads 2 --kv-heads 1 --vocab 96 --positions 64"
-    parts = "--new 2 --batches 1 --skip-act-order --skip-unfused --ways graph,layers+packed --backend aot_eager"
+    parts = (
+        "--new 2 --batches 1 --skip-act-order --skip-unfused --ways graph,layers+packed --backend aot_eager --profile"
+    )
     assert model.main([*sizes.split(), *parts.split(), "--out", str(out), "--folder", str(tmp_path)]) == 0
     found = json.loads(out.read_text())
     assert set(found["formats"]) == {"gptq", "awq"}
@@ -41,6 +43,10 @@ def test_benchmark_of_a_model(tmp_path: Path) -> None:
         (name, way) for name in ("bf16", "gptq, fused", "awq, fused") for way in ("graph", "layers+packed")
     ]
     assert not any("problem" in entry for entry in found["decode"])
+    assert all(entry["kernels"][0]["us"] >= entry["kernels"][-1]["us"] > 0 for entry in found["decode"])
+    for entry in found["decode"]:  # the operator is called where torch compiles
+        names = [kernel["name"] for kernel in entry["kernels"]]
+        assert ("machete_aot::gemm" in names) == (entry["model"] != "bf16" and entry["way"] != "graph")
     assert all(("speed_up" in entry) == (entry["model"] != "bf16") for entry in found["decode"])
     assert list(tmp_path.iterdir()) == [out]
 
