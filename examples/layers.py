@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decode step with little between the products: decoder layers by torch.compile, attention for one new token.
 
-Between the four products of a Llama layer transformers runs 34 small kernels and attention; torch.compile makes five of
-them. A few layers are compiled together, once, and the result runs all layers: seconds, not minutes.
+Between the four products of a Llama layer transformers runs 33 small kernels and attention; torch.compile makes a few
+of them. Some layers are compiled together, once, and the result runs all layers: seconds, not minutes.
 """
 
 from __future__ import annotations
