@@ -17,13 +17,13 @@ from examples.greedy import Greedy
 from examples.layers import ATTENTIONS, CompiledLayers
 from machete_aot.nn import MacheteLinear, fuse
 
-NEW = 12
+NEW = 8
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     """Four layers, quantised and fused; heads share keys."""
-    found = make_model(256, 4)
+    found = make_model(128, 4)
     for name, module in list(found.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             parent, _, leaf = name.rpartition(".")
