@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 TENSOR_MAP_BYTES = 128
 
 
@@ -51,6 +51,7 @@ FIELDS = (
     Field("even_tiles", "int32_t", "i", "the last tiles, whose steps of K all CTAs share evenly"),
     Field("share_steps", "int32_t", "i", "steps of each CTA's share of them"),
     Field("longer_shares", "int32_t", "i", "the first so many shares have one step more"),
+    Field("late_steps", "int32_t", "i", "family stream: steps before a CTA's end at which it lets the next kernel in, or 0"),
 )
 
 FLAG_ACTS_2D = 1  # the tensor map is {k, m}; else {64, m, k/64}, which takes one copy a stage but needs k % 64 == 0
@@ -63,7 +64,7 @@ FLAG_OUT_BF16 = 16
 FLAG_OUT_FP16 = 32
 FLAG_SWIGLU = 64  # the output has n / 2 columns: silu(gate) * up of columns in turns, 8 of gate and 8 of up
 
-_STRUCT = struct.Struct("<" + "".join(f.code for f in FIELDS) + "4x")
+_STRUCT = struct.Struct("<" + "".join(f.code for f in FIELDS))
 SIZE = _STRUCT.size  # 136: a multiple of the pointers' alignment
 
 OFFSETS = {f.name: struct.calcsize("<" + "".join(g.code for g in FIELDS[:i])) for i, f in enumerate(FIELDS)}

@@ -186,7 +186,8 @@ class TileConfig:
         """Bytes of dynamic shared memory of a launch of a kernel of these types with this split of K."""
         end = ceil_div(self.barriers_at(types) + (2 * self.stages + 1) * 8, 128) * 128
         if self.family == "flat":
-            return end
+            chunks = 0 if self.tokens < 64 else 1 if types.general else 2  # of output, 16 tokens by 64 rows
+            return end + self.row_warpgroups * chunks * 16 * 128
         workers = split * self.k_warpgroups
         slabs = self.rows // 16
         return end + self.k_warpgroups * (workers - 1) * (slabs // workers) * 16 * self.tokens * 4

@@ -98,9 +98,10 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
     shares = even_shares(tile, m, n, k, schedule.even_ctas * sms)
     acts = tensor_map.activations(m, k, shape.row_stride, tile.tokens, tile.step_units // tile.cluster)
     ctas = shares.clusters * tile.cluster
+    grid = (ctas, 1, 1) if ctas else _grid(tile, split, m, n, sms)
     return LaunchPlan(
         kernel_id=kernel.id,
-        grid=(ctas, 1, 1) if ctas else _grid(tile, split, m, n, sms),
+        grid=grid,
         block=(kernel.threads, 1, 1),
         cluster=(max(split, 1) * tile.cluster, 1, 1),  # one of the two is 1
         shared_memory=tile.shared_memory(split, kernel.types),
@@ -122,6 +123,7 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
             "even_tiles": shares.tiles,
             "share_steps": shares.steps,
             "longer_shares": shares.longer,
+            "late_steps": late_steps(tile, split, k, grid[0] * grid[1] <= sms),
         },
         pairs=columns % 8 == 0 and shape.out_stride % 2 == 0 and not shape.flags & abi.FLAG_OUT_FP32,
     )
@@ -317,6 +319,19 @@ def _padded(ctas: int, split: int, sms: int) -> int:
     if ctas < sms or 10 * full < 11 * ctas:
         return ceil_div(full, split) * split
     return ctas
+
+
+def late_steps(tile: TileConfig, split: int, k: int, alone: bool) -> int:
+    """How many ring steps before its end a CTA of family "stream" lets the next kernel in; 0: at its start.
+
+    ``alone``: no SM has two CTAs of the launch. The next kernel's first copies should arrive while this one ends, not
+    while it is itself waiting for memory: a filling of the ring before the end, or two where the next kernel's CTAs
+    have room beside these (measured: docs/performance.md). Short ranges of K have been copied by then in any case.
+    """
+    if tile.family != "stream" or not alone:
+        return 0
+    late = tile.stages * min(tile.ctas_per_sm, 2)
+    return late if tile.steps(k) // max(split, 1) > late else 0
 
 
 def _check_limits(shape: Shape, types: TypeConfig) -> None:

@@ -91,6 +91,29 @@ def test_several_token_tiles_are_not_padded() -> None:
     assert plan(WIDE, 1, 4096, 128, 4096).grid == (2, 64, 1)
 
 
+@pytest.mark.parametrize(
+    ("ctas_per_sm", "stages", "split", "m", "n", "k", "late"),
+    # steps of 256 k, 128 rows a tile
+    [
+        (2, 3, 1, 8, 8192, 256 * 7, 6),  # two fillings of three stages before the end
+        (2, 3, 1, 8, 8192, 256 * 6, 0),  # copied by then
+        (1, 3, 1, 8, 8192, 256 * 4, 3),
+        (1, 3, 1, 8, 8192, 256 * 3, 0),
+        (2, 3, 2, 8, 8192, 256 * 14, 6),  # 7 steps a CTA
+        (2, 3, 2, 8, 8192, 256 * 13, 0),  # 6 in one of the two
+        (2, 3, 1, 8, 128 * 132, 256 * 7, 6),
+        (2, 3, 1, 8, 128 * 133, 256 * 7, 0),  # two CTAs on an SM
+        (2, 3, 1, 9, 128 * 67, 256 * 7, 0),  # 67 for each of two tiles of tokens
+        (2, 3, 1, 9, 128 * 66, 256 * 7, 6),
+    ],
+)
+def test_late_steps(ctas_per_sm: int, stages: int, split: int, m: int, n: int, k: int, late: int) -> None:
+    tile = replace(NARROW, ctas_per_sm=ctas_per_sm, stages=stages)
+    found = make_plan(replace(kernel(NARROW), tile=tile), ScheduleConfig(tile, split), shape(m, n, k), sms=132)
+    assert found.params["late_steps"] == late
+    assert plan(FLAT, 1, m, n, k).params["late_steps"] == 0
+
+
 def test_grid_of_whole_tiles_is_at_most_what_fits() -> None:
     assert plan(FLAT, 1, 4096, 8192, 4096).grid == (132, 1, 1)
     assert plan(FLAT, 1, 257, 129, 4096).grid == (4, 1, 1)
@@ -321,6 +344,7 @@ def test_aligned_launch(stub: Stub) -> None:
         "even_tiles": 0,
         "share_steps": 0,
         "longer_shares": 0,
+        "late_steps": 0,
     }
 
 

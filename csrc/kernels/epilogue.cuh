@@ -54,6 +54,41 @@ DEVICE void store_plain(const GemmParams& p, const float (&d)[Tokens / 2], SlabB
   }
 }
 
+// The same for a whole 64-row block by its warpgroup, through shared memory: 8 threads write 128 contiguous bytes,
+// where store_plain's 4 lanes write 16. `staging` has room for one chunk of 16 tokens, or for two, so that one barrier
+// a chunk is enough: who writes a chunk has passed the barrier after which all threads had read the one before the
+// last. 16-byte columns are permuted by the token, against bank conflicts.
+constexpr int STAGING_CHUNK = 16 * 128;
+template <class Types, int Tokens, int Chunks>
+DEVICE void store_block(const GemmParams& p, const float (&d)[Tokens / 2], SlabBias bias, int block_row, int token0,
+                        int warp, int lane, uint32_t staging, int barrier) {
+  const int in_chunk = lane / 16 * 8 + lane % 8;  // the token that this lane's address is of
+  const uint32_t to = staging + in_chunk * 128 + ((warp * 2 + lane / 8 % 2) ^ (in_chunk % 8)) * 16;
+  const int thread = warp * 32 + lane, token = thread / 8, column = thread % 8;
+  const uint32_t from = staging + token * 128 + (column ^ (token % 8)) * 16;
+  const bool in_row = block_row + column * 8 < p.n;
+  uint16_t* out = static_cast<uint16_t*>(p.out) + size_t(token0 + token) * p.out_stride + block_row + column * 8;
+#pragma unroll
+  for (int c = 0; c < Tokens / 16; c++) {
+    const float* x = d + 8 * c;
+    if (Chunks == 1) barrier_sync(barrier, 128);
+    store_matrices_transposed(to + c % Chunks * STAGING_CHUNK,
+                              Types::pack(fmaf(x[0], Types::UNDO, bias.g), fmaf(x[1], Types::UNDO, bias.g)),
+                              Types::pack(fmaf(x[2], Types::UNDO, bias.g8), fmaf(x[3], Types::UNDO, bias.g8)),
+                              Types::pack(fmaf(x[4], Types::UNDO, bias.g), fmaf(x[5], Types::UNDO, bias.g)),
+                              Types::pack(fmaf(x[6], Types::UNDO, bias.g8), fmaf(x[7], Types::UNDO, bias.g8)));
+    barrier_sync(barrier, 128);
+    const uint4 line = load_shared_128(from + c % Chunks * STAGING_CHUNK);
+    if (in_row && token0 + 16 * c + token < p.m) *reinterpret_cast<uint4*>(out) = line;
+    out += size_t(16) * p.out_stride;
+  }
+}
+
+// Whether an output can be stored so: in a's type, rows on 16 bytes, n % 8 == 0.
+DEVICE bool whole_lines(const GemmParams& p) {
+  return !(p.flags & FLAGS_OUT) && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.out_stride | p.n) % 8 == 0;
+}
+
 DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // Stores a slab with everything else that an epilogue can do: sum * channel scale * token scale + bias, then

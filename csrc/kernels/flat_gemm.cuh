@@ -29,7 +29,10 @@ struct FlatTile
   using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm, UnitBytes, AuxRows, Cluster>;
   static constexpr bool ONE_RANGE = false;  // of K, for a CTA
   static constexpr int THREADS = 32 * Base::WARPS + 128;
-  static constexpr uint32_t shared_memory(int) { return Base::RING_END; }
+  // Chunks of output that a warpgroup has in shared memory; 0: it is stored from registers.
+  static constexpr int CHUNKS = Tokens < 64 ? 0 : Base::HALVES == 2 ? 1 : 2;
+  static constexpr uint32_t STAGING = CHUNKS * STAGING_CHUNK;
+  static constexpr uint32_t shared_memory(int) { return Base::RING_END + RowWarpgroups * STAGING; }
 
   // setmaxnreg moves registers within what the CTA was launched with, LAUNCH for each thread. The producers' loops need
   // 56, or without zero points 48 where the consumers have few. The rest goes to these, but for what eights do not
@@ -262,9 +265,18 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
       int row0, token0;
       place_tile<T>(p, work.tile, row0, token0);
       const int w = uniform(threadIdx.x / 32);  // the warp, anew: what follows from it takes no registers in the loop
+      const bool staged = T::CHUNKS > 0 && whole_lines(p);
 #pragma unroll
       for (int b = 0; b < T::BLOCKS; b++) {
         const int row = row0 + (w / 4 * T::BLOCKS + b) * 64 + w % 4 * 16;
+        if constexpr (T::CHUNKS > 0) {
+          if (staged) {
+            const SlabBias bias = SlabBias::load<Types>(p, row, lane);
+            store_block<Types, T::TOKENS, T::CHUNKS>(p, acc[b], bias, row - w % 4 * 16, token0, w % 4, lane,
+                                                     ring.base + T::RING_END + w / 4 * T::STAGING, 1 + w / 4);
+            continue;
+          }
+        }
         if (row >= p.n) continue;
         store_slab<Types, T::TOKENS>(p, acc[b], SlabBias::load<Types>(p, row, lane), row, token0, lane);
       }

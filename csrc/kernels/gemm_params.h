@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MACHETE_ABI_VERSION = 3 };
+enum { MACHETE_ABI_VERSION = 4 };
 
 enum {
   FLAG_ACTS_2D = 1,
@@ -41,6 +41,7 @@ typedef struct GemmParams {
   int32_t even_tiles;           // the last tiles, whose steps of K all CTAs share evenly
   int32_t share_steps;          // steps of each CTA's share of them
   int32_t longer_shares;        // the first so many shares have one step more
+  int32_t late_steps;           // family stream: steps before a CTA's end at which it lets the next kernel in, or 0
 } GemmParams;
 
 #ifdef __cplusplus
@@ -73,4 +74,5 @@ MACHETE_ABI_ASSERT(offsetof(GemmParams, steps) == 116);
 MACHETE_ABI_ASSERT(offsetof(GemmParams, even_tiles) == 120);
 MACHETE_ABI_ASSERT(offsetof(GemmParams, share_steps) == 124);
 MACHETE_ABI_ASSERT(offsetof(GemmParams, longer_shares) == 128);
+MACHETE_ABI_ASSERT(offsetof(GemmParams, late_steps) == 132);
 #undef MACHETE_ABI_ASSERT

@@ -226,6 +226,13 @@ template <int Registers>
 DEVICE void set_registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
+// Four 8 x 8 matrices of 16-bit values into shared memory, transposed: lane l has the address of column l % 8 of matrix
+// l / 8, 16 bytes.
+DEVICE void store_matrices_transposed(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
 DEVICE uint32_t transpose_8x8_b16(uint32_t a) {
   uint32_t d;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));

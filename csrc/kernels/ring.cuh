@@ -87,9 +87,8 @@ struct Ring {
       mbar_init(empty(s), T::CLUSTER * T::WARPS * ARRIVALS);
     }
   }
-  // By a consumer warp that has read a stage for the last time.
-  DEVICE void release(int slot, int lane) const {
-    __syncwarp();  // orders the other lanes' reads before the arrival
+  DEVICE void release(int slot, int lane) const {  // by a consumer warp that has read a stage for the last time
+    __syncwarp();                                  // orders the other lanes' reads before the arrival
     if (T::CLUSTER == 1) {
       if (ARRIVALS == 32 || lane == 0) mbar_arrive(empty(slot));
     } else if (ARRIVALS == 1) {  // lane r tells rank r, whose copies come here too
@@ -299,8 +298,8 @@ struct Consumer {
         zeros(p, my_scales, ring.zeros(0) + k_wg * AUX_PART, first_row(strip0, warp, lane)) {}
 
   // acc = the product over `steps` stages, of which the first is in slot 0; all of them are released. Unrolled over the
-  // ring, so that every address is a constant.
-  DEVICE void multiply(float (&acc)[T::BLOCKS][T::TOKENS / 2], int steps) {
+  // ring, so that every address is a constant. `late_steps` before the end the next kernel is let in, unless that is 0.
+  DEVICE void multiply(float (&acc)[T::BLOCKS][T::TOKENS / 2], int steps, int late_steps = 0) {
 #pragma unroll
     for (int b = 0; b < T::BLOCKS; b++)
 #pragma unroll
@@ -316,6 +315,7 @@ struct Consumer {
 #pragma unroll
       for (int slot = 0; slot < T::STAGES; slot++) {
         if (slot >= left) break;
+        if (T::ONE_RANGE && left - slot == late_steps) launch_dependents();
         const int next_slot = (slot + 1) % T::STAGES, old_slot = (slot + T::STAGES - 1) % T::STAGES;
         const uint32_t next_parity = parity(next_slot) ^ (next_slot == 0);
         uint32_t ready = 1;
@@ -328,8 +328,7 @@ struct Consumer {
           if (u == 0 && (slot > 0 || left < steps)) ring.release(old_slot, lane);  // its last unit has retired
           convert(u + 1 < UNITS ? slot : next_slot, (u + 1) % UNITS, frag[(u + 1) % 2]);
           if (to_next && !ready) mbar_wait(ring.full(next_slot), next_parity);
-          // (after the last step's, old units are loaded and converted for nothing)
-          load(u + 2 < UNITS ? slot : next_slot, (u + 2) % UNITS);
+          load(u + 2 < UNITS ? slot : next_slot, (u + 2) % UNITS);  // (the last step's for nothing, and the conversion)
         }
       }
       fillings ^= left >= T::STAGES ? ALL : (1u << left) - 1;

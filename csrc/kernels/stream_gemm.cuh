@@ -40,7 +40,9 @@ enum { BARRIERS_READY = 1, PARTIALS_READY = 2 };  // named barriers
 template <class Types, class T>
 DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
   extern __shared__ __align__(1024) uint8_t smem[];
-  launch_dependents();  // at the start: the next kernel's CTAs move in as soon as there is room, and fill their rings
+  // At the start: the next kernel's CTAs move in as soon as there is room, and fill their rings. Where these would take
+  // bandwidth from this kernel's own copies, to leave it unused while this one ends, that is put off.
+  if (p.late_steps == 0) launch_dependents();
 
   // through a shuffle, so that the compiler knows the warp index, and all that follows from it, to be uniform
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -101,7 +103,7 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
       }
     }
   } else {
-    Consumer<Types, T>(p, ring, strip0, k_wg, warp, lane).multiply(acc, steps);
+    Consumer<Types, T>(p, ring, strip0, k_wg, warp, lane).multiply(acc, steps, p.late_steps);
   }
 
   if (split > 1) {

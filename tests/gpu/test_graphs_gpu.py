@@ -201,12 +201,12 @@ def test_a_chain_of_8_layers_is_32_kernels(m: int) -> None:
     x = acts(m)
     out, graph, nodes = captured(lambda: layers(x))
     assert nodes == ["KERNEL"] * 8 * PRODUCTS
-    assert 0.1 < float(out.float().std()) < 10
     for _ in range(3):
         x.copy_(acts(m))
         out.fill_(float("nan"))
         graph.replay()
         assert same_bits(out, layers(x))
+    assert 0.1 < float(out.float().std()) < 10
 
 
 def test_a_product_is_one_kernel_whatever_it_does() -> None:
