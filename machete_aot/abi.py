@@ -51,7 +51,12 @@ FIELDS = (
     Field("even_tiles", "int32_t", "i", "the last tiles, whose steps of K all CTAs share evenly"),
     Field("share_steps", "int32_t", "i", "steps of each CTA's share of them"),
     Field("longer_shares", "int32_t", "i", "the first so many shares have one step more"),
-    Field("late_steps", "int32_t", "i", "family stream: steps before a CTA's end at which it lets the next kernel in, or 0"),
+    Field(
+        "late_steps",
+        "int32_t",
+        "i",
+        "family stream: steps before a CTA's end at which it lets the next kernel in, or 0",
+    ),
 )
 
 FLAG_ACTS_2D = 1  # the tensor map is {k, m}; else {64, m, k/64}, which takes one copy a stage but needs k % 64 == 0
