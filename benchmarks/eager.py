@@ -3,8 +3,9 @@
 
 Microseconds a call, M = 16 and N = K = 4096, while 100 calls are queued after a synchronisation; the median of many
 such queues, all implementations in turns: machete_aot.gemm through the loader and through cuda-bindings,
-torch.ops.machete_aot.gemm, torch.mm, and Humming where it can be imported. Then the first product of a new process in
-which torch and the package are ready, and calls over changing shapes, during which nothing may grow (``soak.py``).
+torch.mm, and Humming where it can be imported. Then the first product of a new process in which torch and the package
+are ready; the GPU's time for the products of eight layers in one graph, beside those products each in a graph of its
+own; and calls over changing shapes, during which nothing may grow (``soak.py``).
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import torch
 import machete_aot as machete
 from machete_aot import loader
 from machete_aot.peers import PEERS, find_peers
-from machete_aot.timing import Layer
+from machete_aot.timing import Layer, TimedGraph, alternate_us
 
 from .soak import soak
 
 M, N, K, GROUP = 16, 4096, 4096, 128
 QUEUED, REPEATS, SOAK_SECONDS = 100, 40, 60
+LAYERS, LAYER = 8, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # of Llama 3 8B: N and K of its products
 LOADER = "MACHETE_AOT_LOADER"
 
 Call = Callable[[], object]
@@ -69,6 +71,22 @@ def calls_of(layer: Layer) -> dict[str, Call]:
     for peer in find_peers(name for name in PEERS if name == "humming")[0]:
         calls[peer.name] = partial(peer.prepare(layer.weights, (M,)), 0, a, out)
     return calls
+
+
+def chain_us() -> list[dict[str, float]]:
+    """GPU microseconds a layer, of all layers' products in one graph and of each product in its own, added up."""
+    products = [Layer.make(n, k, GROUP, torch.bfloat16) for n, k in LAYER]
+    found = []
+    for m in (1, M, 64):
+        alone = [product.gemm_graph(m, None) for product in products]
+        calls = []
+        for i in range(LAYERS):
+            for product in products:
+                a, out, _ = product.buffers(m)
+                calls.append(partial(product.ours(), i, a, out))
+        chain, *each = alternate_us([TimedGraph(calls), *alone], REPEATS)
+        found.append({"m": m, "chain_us": round(chain * len(LAYER), 2), "alone_us": round(sum(each), 2)})
+    return found
 
 
 def child(what: str) -> dict[str, Any]:
@@ -112,6 +130,7 @@ def main() -> None:
         "native": spawn("queue"),
         "bindings": spawn("queue", **{LOADER: "0"}),
         "first_ms": sorted(spawn("first")["first_ms"] for _ in range(5)),
+        "chain": chain_us(),
         "soak": soak(options.soak, SOAK_SECONDS),
     }
     text = json.dumps(record, indent=2)
