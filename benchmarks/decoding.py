@@ -46,8 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", default="1,16,64", help="numbers of sequences that are decoded at a time")
     parser.add_argument(
         "--ways", type=lambda text: [way_of(each) for each in text.split(",")],
-        default=[Way("graph", None), Way("layers", "packed")], metavar="WAY[+ATTENTION],...",
-        help="how; default: graph,layers+packed: transformers' kernels in a CUDA graph, and compiled ones",
+        default=[Way("graph", None), Way("layers", "products")], metavar="WAY[+ATTENTION],...",
+        help="how; default: graph,layers+products: transformers' kernels in a CUDA graph, and compiled ones",
     )  # fmt: skip
     parser.add_argument("--per", type=int, default=4, help="decoder layers that are compiled together")
     parser.add_argument("--inductor", type=json.loads, help='options of torch.compile: {"combo_kernels": true}')
