@@ -50,7 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how; default: graph,layers+products: transformers' kernels in a CUDA graph, and compiled ones",
     )  # fmt: skip
     parser.add_argument("--per", type=int, default=4, help="decoder layers that are compiled together")
-    parser.add_argument("--inductor", type=json.loads, help='options of torch.compile: {"combo_kernels": true}')
+    parser.add_argument(
+        "--inductor", type=json.loads, metavar="OPTIONS",
+        help='of torch.compile; default: {"triton.enable_pdl": true} where torch has that; {} for none',
+    )  # fmt: skip
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a step, by their time")
     parser.add_argument("--seconds", type=float, help="begin no decoding after so many seconds of the run")

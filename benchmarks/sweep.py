@@ -96,9 +96,10 @@ def main() -> None:
     parser.add_argument(
         "--shapes", type=_span, default=slice(None), help="only the first N shapes, or those from A to B: A:B"
     )
+    parser.add_argument("--tokens", nargs="+", type=int, help="only these of the grid's M")
     options = parser.parse_args()
     shapes = (HELD_OUT_SHAPES if options.held_out else SHAPES)[options.shapes]
-    tokens = HELD_OUT_TOKENS if options.held_out else TOKENS
+    tokens = [m for m in (HELD_OUT_TOKENS if options.held_out else TOKENS) if m in (options.tokens or [m])]
     record: dict[str, Any] = {
         "device": driver.device(0).part._asdict(),
         "torch": torch.__version__,

@@ -15,6 +15,16 @@ ALIGNED = 16
 WAYS = ("eager", "compile", "graph", "layers")
 
 
+def early_kernels() -> dict[str, Any]:
+    """Options of torch.compile: its kernels start, and let the next one start, before the one before has ended.
+
+    Then a product's weights are on their way while the kernel before it runs. {} where torch does not have that.
+    """
+    from torch._inductor import config
+
+    return {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}
+
+
 class Greedy:
     """Decodes ``batch`` sequences of up to ``length`` tokens, prompt included.
 
@@ -23,7 +33,7 @@ class Greedy:
     it reads the last token and its position from tensors, and writes the next ones there.
 
     ``attention``: one of ``examples.layers.ATTENTIONS`` for the steps; None: the model's own. ``backend`` and
-    ``inductor``: torch.compile's, the latter its ``options``.
+    ``inductor``: torch.compile's, the latter its ``options``; None: ``early_kernels()``, where that is the backend.
     """
 
     def __init__(
@@ -39,6 +49,8 @@ class Greedy:
         inductor: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.way, self.attention, self.per, device = model, way, attention, per, model.device
+        if inductor is None:
+            inductor = early_kernels() if backend == "inductor" and device.type == "cuda" else {}
         self.options = {"backend": backend, **({"options": inductor} if inductor else {})}
         # Attention reads all of the cache, so it is no longer than needed; its kernels want masks of 16 bytes.
         places = -(-length // ALIGNED) * ALIGNED

@@ -54,42 +54,59 @@ DEVICE void store_plain(const GemmParams& p, const float (&d)[Tokens / 2], SlabB
   }
 }
 
-// The same for a whole 64-row block by its warpgroup, through shared memory: 8 threads write 128 contiguous bytes,
-// where store_plain's 4 lanes write 16. `staging` has room for one chunk of 16 tokens, or for two, so that one barrier
-// a chunk is enough: who writes a chunk has passed the barrier after which all threads had read the one before the
-// last. 16-byte columns are permuted by the token, against bank conflicts.
+// x / (1 + exp(-x))
+DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
+// Whether all that the epilogue does is what store_block can do, to 16-byte pieces of the output.
+template <class Types>
+DEVICE bool whole_lines(const GemmParams& p) {
+  const bool swiglu = p.flags & FLAG_SWIGLU;
+  const int flags = p.flags & FLAGS_OUT, columns = swiglu ? p.n / 2 : p.n;
+  return (flags == 0 || (swiglu && flags == Types::OUT && !p.channel_scales && !p.token_scales)) &&
+         reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.out_stride | columns) % 8 == 0;
+}
+
+// What store_plain does, or silu(gate) * up, for a whole 64-row block by its warpgroup, through shared memory: 8
+// threads write 128 contiguous bytes (4 write 64 of silu(gate) * up), where store_plain's 4 lanes write 16. `staging`
+// has room for one chunk of tokens, or for two, so that one barrier a chunk is enough: who writes a chunk has passed
+// the barrier after which all threads had read the one before the last. 16-byte parts are permuted by the token,
+// against bank conflicts.
 constexpr int STAGING_CHUNK = 16 * 128;
-template <class Types, int Tokens, int Chunks>
+template <class Types, int Tokens, int Chunks, bool Swiglu>
 DEVICE void store_block(const GemmParams& p, const float (&d)[Tokens / 2], SlabBias bias, int block_row, int token0,
                         int warp, int lane, uint32_t staging, int barrier) {
-  const int in_chunk = lane / 16 * 8 + lane % 8;  // the token that this lane's address is of
-  const uint32_t to = staging + in_chunk * 128 + ((warp * 2 + lane / 8 % 2) ^ (in_chunk % 8)) * 16;
-  const int thread = warp * 32 + lane, token = thread / 8, column = thread % 8;
-  const uint32_t from = staging + token * 128 + (column ^ (token % 8)) * 16;
-  const bool in_row = block_row + column * 8 < p.n;
-  uint16_t* out = static_cast<uint16_t*>(p.out) + size_t(token0 + token) * p.out_stride + block_row + column * 8;
+  constexpr int PARTS = Swiglu ? 4 : 8, CHUNK = STAGING_CHUNK / (PARTS * 16);  // 16-byte parts of a token, tokens
+  static_assert(Tokens % (CHUNK * Chunks) == 0, "the next block starts with the first chunk again");
+  auto place = [&](int token, int part) { return staging + (token * PARTS + (part ^ token * PARTS / 8 % PARTS)) * 16; };
+  const uint32_t to = Swiglu ? place(lane, warp) : place(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
+  const int thread = warp * 32 + lane, token = thread / PARTS, part = thread % PARTS;
+  const uint32_t from = place(token, part);
+  const int column = (Swiglu ? block_row / 2 : block_row) + part * 8;
+  const bool in_row = column < (Swiglu ? p.n / 2 : p.n);
+  uint16_t* out = static_cast<uint16_t*>(p.out) + size_t(token0 + token) * p.out_stride + column;
 #pragma unroll
-  for (int c = 0; c < Tokens / 16; c++) {
-    const float* x = d + 8 * c;
+  for (int c = 0; c < Tokens / CHUNK; c++) {
+    uint32_t pairs[4];  // of tokens: 8 of g and 8 of g + 8, twice; or 8 of silu(gate) * up, four times
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float* x = d + c * CHUNK / 2 + (Swiglu ? 4 * i : 2 * i);
+      if (Swiglu) {
+        const float gate = fmaf(x[0], Types::UNDO, bias.g), next_gate = fmaf(x[1], Types::UNDO, bias.g);
+        pairs[i] = Types::pack(silu(gate) * fmaf(x[2], Types::UNDO, bias.g8),
+                               silu(next_gate) * fmaf(x[3], Types::UNDO, bias.g8));
+      } else {
+        const float b = i % 2 ? bias.g8 : bias.g;
+        pairs[i] = Types::pack(fmaf(x[0], Types::UNDO, b), fmaf(x[1], Types::UNDO, b));
+      }
+    }
     if (Chunks == 1) barrier_sync(barrier, 128);
-    store_matrices_transposed(to + c % Chunks * STAGING_CHUNK,
-                              Types::pack(fmaf(x[0], Types::UNDO, bias.g), fmaf(x[1], Types::UNDO, bias.g)),
-                              Types::pack(fmaf(x[2], Types::UNDO, bias.g8), fmaf(x[3], Types::UNDO, bias.g8)),
-                              Types::pack(fmaf(x[4], Types::UNDO, bias.g), fmaf(x[5], Types::UNDO, bias.g)),
-                              Types::pack(fmaf(x[6], Types::UNDO, bias.g8), fmaf(x[7], Types::UNDO, bias.g8)));
+    store_matrices_transposed(to + c % Chunks * STAGING_CHUNK, pairs[0], pairs[1], pairs[2], pairs[3]);
     barrier_sync(barrier, 128);
     const uint4 line = load_shared_128(from + c % Chunks * STAGING_CHUNK);
-    if (in_row && token0 + 16 * c + token < p.m) *reinterpret_cast<uint4*>(out) = line;
-    out += size_t(16) * p.out_stride;
+    if (in_row && token0 + CHUNK * c + token < p.m) store_global_128(out, line);
+    out += size_t(CHUNK) * p.out_stride;
   }
 }
-
-// Whether an output can be stored so: in a's type, rows on 16 bytes, n % 8 == 0.
-DEVICE bool whole_lines(const GemmParams& p) {
-  return !(p.flags & FLAGS_OUT) && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.out_stride | p.n) % 8 == 0;
-}
-
-DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // Stores a slab with everything else that an epilogue can do: sum * channel scale * token scale + bias, then
 // silu(gate) * up where rows g and g + 8 are such a pair, in any type.

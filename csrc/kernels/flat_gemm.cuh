@@ -265,15 +265,21 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
       int row0, token0;
       place_tile<T>(p, work.tile, row0, token0);
       const int w = uniform(threadIdx.x / 32);  // the warp, anew: what follows from it takes no registers in the loop
-      const bool staged = T::CHUNKS > 0 && whole_lines(p);
+      const bool lines = T::CHUNKS > 0 && whole_lines<Types>(p);
 #pragma unroll
       for (int b = 0; b < T::BLOCKS; b++) {
         const int row = row0 + (w / 4 * T::BLOCKS + b) * 64 + w % 4 * 16;
         if constexpr (T::CHUNKS > 0) {
-          if (staged) {
+          if (lines) {
             const SlabBias bias = SlabBias::load<Types>(p, row, lane);
-            store_block<Types, T::TOKENS, T::CHUNKS>(p, acc[b], bias, row - w % 4 * 16, token0, w % 4, lane,
-                                                     ring.base + T::RING_END + w / 4 * T::STAGING, 1 + w / 4);
+            const uint32_t staging = ring.base + T::RING_END + w / 4 * T::STAGING;
+            const int block_row = row - w % 4 * 16, barrier = 1 + w / 4;
+            if (p.flags & FLAG_SWIGLU)
+              store_block<Types, T::TOKENS, T::CHUNKS, true>(p, acc[b], bias, block_row, token0, w % 4, lane, staging,
+                                                             barrier);
+            else
+              store_block<Types, T::TOKENS, T::CHUNKS, false>(p, acc[b], bias, block_row, token0, w % 4, lane, staging,
+                                                              barrier);
             continue;
           }
         }

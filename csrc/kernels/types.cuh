@@ -31,6 +31,7 @@ DEVICE uint32_t odd_bytes(uint32_t word, uint32_t above) { return __byte_perm(wo
 struct Bf16Types {
   template <int Tokens>
   using Atom = typename WgmmaAtom<Bf16, Tokens>::type;
+  static constexpr int OUT = FLAG_OUT_BF16;    // the flag of an output in the activations' type
   static constexpr float UNDO = 4294967296.f;  // 2^c, see below
 
   static DEVICE uint32_t pack(float lo, float hi) {
@@ -185,6 +186,7 @@ struct Bf16U8Int : Bf16Int {
 struct Fp16Types {
   template <int Tokens>
   using Atom = typename WgmmaAtom<Fp16, Tokens>::type;
+  static constexpr int OUT = FLAG_OUT_FP16;  // the flag of an output in the activations' type
   static constexpr float UNDO = 1.f;
 
   static DEVICE uint32_t pack(float lo, float hi) {
