@@ -5,7 +5,10 @@
     python -m benchmarks.model --vocab 32000 --skip-awq
 
 Checkpoints of random codes are written layer by layer into a temporary folder. GPTQ's are symmetric, AWQ's have zero
-points. The bf16 model has the same weights, dequantised here from the formats' definitions. Decoding is greedy, with a
+points. Codes are normally distributed around the zero point, and what writes to the residual stream is scaled down with
+the depth, as models are initialised: weights with a mean make every position the same, and without the scaling a deep
+random model amplifies any rounding. The bf16 model has the same weights, dequantised here from the formats'
+definitions; the logits of both are also compared with that model in fp32. Decoding is greedy, with a
 static cache and a step as one CUDA graph: with transformers' own kernels between the products, and with the decoder
 layers by torch.compile (``--ways``); both models are decoded in the same ways. Without a GPU there are no graphs: for a
 try with small sizes. Needs the extra "models".
@@ -22,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -38,7 +41,9 @@ from machete_aot.scalar_type import u4b8
 
 GROUP = 128
 WEIGHT = 0.02  # standard deviation of the weights
-CODE = 4.6  # that of uniform codes of 4 bits
+CODE = 2.5  # that of codes of 4 bits, before they are cut off at 0 and 15
+PREFERENCE = 10.0  # standard deviations of a logit
+RESIDUAL = ("o_proj", "down_proj")  # what writes to the residual stream
 AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # where column c % 8 lies in a word, in codes from its lowest bits
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {
@@ -104,9 +109,14 @@ class Run:
         if self.options.out is not None:
             publish(self.options.out, json.dumps(self.found, indent=1).encode())
 
-    def empty(self) -> Any:
+    def empty(self, dtype: torch.dtype = torch.bfloat16) -> Any:
         with parameters_on_meta():
-            return AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16).eval()
+            return AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def logits(self, model: Any) -> torch.Tensor:
+        """[positions, vocabulary] of one sequence, fp32."""
+        return model(self.ids).logits[0].float()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -144,17 +154,19 @@ def write(run: Run, folder: Path, form: str) -> int:
             linear.setdefault(".".join(name.split(".")[:3]), {})[name] = (module.out_features, module.in_features)
         else:
             for leaf, value in module.named_parameters(recurse=False):
-                random = (
-                    torch.randn(value.shape, device=device).mul_(WEIGHT)
-                    if value.dim() == 2
-                    else torch.ones(value.shape)
-                )
+                random = torch.ones(value.shape)
+                if value.dim() == 2:  # embeddings are as large as what all layers add to them
+                    random = torch.randn(value.shape, device=device)
+                if name == "lm_head":
+                    random.add_(_preferred(rest["model.embed_tokens.weight"].to(device))).mul_(WEIGHT)
                 rest[f"{name}.{leaf}"] = random.to(torch.bfloat16).cpu()
     for file, shapes in [("rest", {}), *linear.items()]:
         tensors = rest if not shapes else {}
         for name, (n, k) in shapes.items():
-            for part, value in (random_gptq if form == "gptq" else random_awq)(n, k, device).items():
-                tensors[f"{name}.{part}"] = value.cpu()
+            parts = (random_gptq if form == "gptq" else random_awq)(n, k, device)
+            if name.endswith(RESIDUAL):
+                parts["scales"] /= (2 * run.options.layers) ** 0.5
+            tensors |= {f"{name}.{part}": value.cpu() for part, value in parts.items()}
             packed += tensors[f"{name}.qweight"].nbytes
         save_file(tensors, str(folder / f"{file}.safetensors"), metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, f"{file}.safetensors")
@@ -163,8 +175,33 @@ def write(run: Run, folder: Path, form: str) -> int:
     return packed
 
 
-def random_words(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    return torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int32, device=device)
+def _preferred(embeddings: torch.Tensor) -> torch.Tensor:
+    """What makes an output layer [V, hidden] prefer one token after each other one: a trained model mostly does.
+
+    The preferred logit lies about as far above the others' mean as the largest of these does, so that some choices are
+    clear and some are close.
+    """
+    v, hidden = embeddings.shape
+    after = torch.randperm(v, device=embeddings.device)
+    return embeddings[after].float().mul_(PREFERENCE / hidden**0.5)
+
+
+def random_codes(points: torch.Tensor, k: int) -> torch.Tensor:
+    """Codes [K, N] of 4 bits, int32, around their groups' zero points [groups, N]."""
+    centres = points.repeat_interleave(GROUP, 0).float()
+    return centres.add_(torch.randn(k, points.shape[1], device=points.device).mul_(CODE)).round_().clamp_(0, 15).int()
+
+
+def packed_rows(codes: torch.Tensor) -> torch.Tensor:
+    """int32 [R / 8, C] of codes [R, C]: row 8 r + i is bits 4 i of row r."""
+    shifts = torch.arange(0, 32, 4, device=codes.device, dtype=torch.int32)
+    return (codes.unflatten(0, (-1, 8)) << shifts[:, None]).sum(1, dtype=torch.int32)
+
+
+def packed_awq(codes: torch.Tensor) -> torch.Tensor:
+    """int32 [R, C / 8] of codes [R, C], in AWQ's order of columns."""
+    shifts = 4 * torch.tensor(AWQ_PLACE, device=codes.device, dtype=torch.int32)
+    return (codes.unflatten(1, (-1, 8)) << shifts).sum(2, dtype=torch.int32)
 
 
 def random_scales(groups: int, n: int, device: torch.device) -> torch.Tensor:
@@ -173,16 +210,18 @@ def random_scales(groups: int, n: int, device: torch.device) -> torch.Tensor:
 
 def random_gptq(n: int, k: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Version 1 of the format: a stored zero point of 7 is 8."""
+    codes = random_codes(torch.full((k // GROUP, n), 8, device=device), k)
     zeros = torch.full((k // GROUP, n // 8), 0x77777777, dtype=torch.int32)
     g_idx = (torch.arange(k) // GROUP).to(torch.int32)
     scales = random_scales(k // GROUP, n, device)
-    return {"qweight": random_words(k // 8, n, device), "qzeros": zeros, "scales": scales, "g_idx": g_idx}
+    return {"qweight": packed_rows(codes), "qzeros": zeros, "scales": scales, "g_idx": g_idx}
 
 
 def random_awq(n: int, k: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Zero points of 6 to 9."""
-    zeros = random_words(k // GROUP, n // 8, device).bitwise_and_(0x33333333).add_(0x66666666)
-    return {"qweight": random_words(k, n // 8, device), "qzeros": zeros, "scales": random_scales(k // GROUP, n, device)}
+    """Zero points of 5 to 10."""
+    points = torch.randint(5, 11, (k // GROUP, n), device=device, dtype=torch.int32)
+    scales = random_scales(k // GROUP, n, device)
+    return {"qweight": packed_awq(random_codes(points, k)), "qzeros": packed_awq(points), "scales": scales}
 
 
 def dequantised_gptq(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -205,38 +244,54 @@ def _values(codes: torch.Tensor, points: torch.Tensor, scales: torch.Tensor) -> 
     return (exact * scales.to(torch.bfloat16).repeat_interleave(GROUP, 0)).t().contiguous()
 
 
-def floating_model(run: Run, folder: Path, form: str) -> Any:
-    """The bf16 model of a checkpoint's weights."""
-    model, checkpoint = run.empty(), Checkpoint.find(folder, run.device)
+def floating_model(run: Run, folder: Path, form: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of a checkpoint's weights, dequantised to bf16, that calculates in ``dtype``."""
+    model, checkpoint = run.empty(dtype), Checkpoint.find(folder, run.device)
     tree = Tree(model, run.device)
     for name in sorted(tree.wanted()):
         module = name.removesuffix(".weight")
         if f"{module}.qweight" in checkpoint.files:
             tensors = {part: checkpoint.tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")}
-            tree.give(name, (dequantised_gptq if form == "gptq" else dequantised_awq)(tensors))
+            tree.give(name, (dequantised_gptq if form == "gptq" else dequantised_awq)(tensors).to(dtype))
         else:
-            tree.give(name, checkpoint.tensor(name))
+            tree.give(name, checkpoint.tensor(name).to(dtype))
     checkpoint.close()
     tree.finish()
     return model
 
 
-def compare(run: Run, model: Any, floating: Any) -> dict[str, float]:
-    """Logits of one sequence. Differences are of the largest logit, and of the norm."""
-    with torch.inference_mode():
-        found, wanted = (m(run.ids).logits[0].float() for m in (model, floating))
+def compare(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
+    """Logits [positions, vocabulary]. Differences are of the largest logit, and of the norm."""
     best = wanted.argmax(-1)
     agree = found.argmax(-1) == best
-    # Where the models disagree, by how much the bf16 model prefers its own choice.
+    # Where they disagree, by how much what is wanted prefers its own choice.
     margin = wanted.gather(1, best[:, None]) - wanted.gather(1, found.argmax(-1)[:, None])
     largest = float(wanted.abs().max())
     return {
-        "positions": run.ids.shape[1],
+        "positions": len(best),
+        "different_choices": len(best.unique()),  # agreement on one token everywhere would say nothing
         "max_difference_over_max_logit": float((found - wanted).abs().max()) / largest,
         "relative_norm": float((found - wanted).norm() / wanted.norm()),
         "top1_agreement": float(agree.float().mean()),
         "largest_margin_over_max_logit": float(margin.max()) / largest,
     }
+
+
+class Logits(NamedTuple):
+    """What the logits of a quantised model are compared with: the same weights in bf16 and in fp32."""
+
+    bf16: torch.Tensor
+    fp32: torch.Tensor
+
+    def compare(self, run: Run, what: str, model: Any) -> dict[str, Any]:
+        found = run.logits(model)
+        result = {"to_bf16": compare(found, self.bf16), "to_fp32": compare(found, self.fp32)}
+        for other, entry in result.items():
+            run.note(
+                f"{what} {other.replace('_', ' ')}: norm of the difference {entry['relative_norm']:.4f}, largest "
+                f"{entry['max_difference_over_max_logit']:.4f}, first choice {entry['top1_agreement']:.1%} the same"
+            )
+        return result
 
 
 def act_order(run: Run) -> list[dict[str, float]]:
@@ -318,13 +373,17 @@ def measure_format(run: Run, form: str, first: bool) -> None:
             "extra_peak_gb": None if peak is None or held is None else peak - held, "held_gb_before": before,
         }  # fmt: skip
         run.note(f"{form}: loaded in {seconds:.1f} s, {packed / 1e9 / seconds:.2f} GB of packed weights a second")
-        floating = None
+        floating, wanted = None, None
         if not options.skip_logits or (first and not options.skip_bf16 and not options.skip_decode):
             floating = floating_model(run, folder, form)
             run.note(f"{form}: dequantised to bf16")
-    if floating is not None and not options.skip_logits:
-        found["logits"] = compare(run, model, floating)
-        run.note(f"{form}: {found['logits']}")
+        if floating is not None and not options.skip_logits:
+            exact = floating_model(run, folder, form, torch.float32)
+            wanted = Logits(run.logits(floating), run.logits(exact))
+            del exact
+    if wanted is not None:
+        found["logits_bf16"] = wanted.compare(run, f"{form}, in bf16,", floating)["to_fp32"]
+        found["logits"] = wanted.compare(run, form, model)
     if floating is not None and first and not options.skip_bf16 and not options.skip_decode:
         decode(run, REFERENCE, floating)
     if not options.skip_decode and not options.skip_unfused and first:
@@ -332,10 +391,9 @@ def measure_format(run: Run, form: str, first: bool) -> None:
     seconds, report = run.seconds(lambda: fuse(model))
     found["fuse"] = {"seconds": seconds, "merged": len(report.merged), "skipped": report.skipped}
     run.note(f"{form}: {len(report.merged)} layers merged in {seconds:.1f} s")
-    if floating is not None and not options.skip_logits:
-        found["logits_fused"] = compare(run, model, floating)
-        run.note(f"{form}, fused: {found['logits_fused']}")
-    del floating
+    if wanted is not None:
+        found["logits_fused"] = wanted.compare(run, f"{form}, fused,", model)
+    del floating, wanted
     if not options.skip_decode:
         decode(run, f"{form}, fused", model)
     run.save()
