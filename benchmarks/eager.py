@@ -26,6 +26,7 @@ import torch
 
 import machete_aot as machete
 from machete_aot import loader
+from machete_aot.cli_bench import MODELS
 from machete_aot.peers import PEERS, find_peers
 from machete_aot.timing import Layer, TimedGraph, alternate_us
 
@@ -33,7 +34,7 @@ from .soak import soak
 
 M, N, K, GROUP = 16, 4096, 4096, 128
 QUEUED, REPEATS, SOAK_SECONDS = 100, 40, 60
-LAYERS, LAYER = 8, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # of Llama 3 8B: N and K of its products
+LAYERS, LAYER = 8, MODELS["llama3-8b"]  # N and K of a layer's products
 LOADER = "MACHETE_AOT_LOADER"
 
 Call = Callable[[], object]

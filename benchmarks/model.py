@@ -8,10 +8,10 @@ Checkpoints of random codes are written layer by layer into a temporary folder. 
 points. Codes are normally distributed around the zero point, and what writes to the residual stream is scaled down with
 the depth, as models are initialised: weights with a mean make every position the same, and without the scaling a deep
 random model amplifies any rounding. The bf16 model has the same weights, dequantised here from the formats'
-definitions; the logits of both are also compared with that model in fp32. Decoding is greedy, with a
-static cache and a step as one CUDA graph: with transformers' own kernels between the products, and with the decoder
-layers by torch.compile (``--ways``); both models are decoded in the same ways. Without a GPU there are no graphs: for a
-try with small sizes. Needs the extra "models".
+definitions; the logits of both are also compared with that model in fp32. Decoding is greedy, with a static cache and a
+step as one CUDA graph: with transformers' own kernels between the products, and with the decoder layers by
+torch.compile (``--ways``); both models are decoded in the same ways. Without a GPU there are no graphs: for a try with
+small sizes. Needs the extra "models".
 """
 
 from __future__ import annotations
@@ -212,13 +212,19 @@ class Logits(NamedTuple):
 
     def compare(self, run: Run, what: str, model: Any) -> dict[str, Any]:
         found = run.logits(model)
-        result = {"to_bf16": compare(found, self.bf16), "to_fp32": compare(found, self.fp32)}
-        for other, entry in result.items():
-            run.note(
-                f"{what} {other.replace('_', ' ')}: norm of the difference {entry['relative_norm']:.4f}, largest "
-                f"{entry['max_difference_over_max_logit']:.4f}, first choice {entry['top1_agreement']:.1%} the same"
-            )
-        return result
+        return {
+            f"to_{name}": note_logits(run, f"{what} to {name}", compare(found, other))
+            for name, other in self._asdict().items()
+        }
+
+
+def note_logits(run: Run, what: str, entry: dict[str, float]) -> dict[str, float]:
+    """Says what ``compare`` has found, and returns it."""
+    run.note(
+        f"{what}: norm of the difference {entry['relative_norm']:.4f}, largest "
+        f"{entry['max_difference_over_max_logit']:.4f}, first choice {entry['top1_agreement']:.1%} the same"
+    )
+    return entry
 
 
 def act_order(run: Run) -> list[dict[str, float]]:
@@ -283,6 +289,7 @@ def _graph_seconds(run: Run, layer: Callable[[torch.Tensor], torch.Tensor], x: t
 def measure_format(run: Run, form: str, first: bool) -> None:
     """Everything about one format. ``first``: the bf16 model is decoded too."""
     options = run.options
+    decodes_floating = first and not options.skip_bf16 and not options.skip_decode
     found: dict[str, Any] = {}
     run.found["formats"][form] = found
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -301,17 +308,15 @@ def measure_format(run: Run, form: str, first: bool) -> None:
         }  # fmt: skip
         run.note(f"{form}: loaded in {seconds:.1f} s, {packed / 1e9 / seconds:.2f} GB of packed weights a second")
         floating, wanted = None, None
-        if not options.skip_logits or (first and not options.skip_bf16 and not options.skip_decode):
+        if not options.skip_logits or decodes_floating:
             floating = floating_model(run, folder, form)
             run.note(f"{form}: dequantised to bf16")
-        if floating is not None and not options.skip_logits:
-            exact = floating_model(run, folder, form, torch.float32)
-            wanted = Logits(run.logits(floating), run.logits(exact))
-            del exact
+        if not options.skip_logits:
+            wanted = Logits(run.logits(floating), run.logits(floating_model(run, folder, form, torch.float32)))
     if wanted is not None:
-        found["logits_bf16"] = wanted.compare(run, f"{form}, in bf16,", floating)["to_fp32"]
+        found["logits_bf16"] = note_logits(run, f"{form}, in bf16, to fp32", compare(*wanted))
         found["logits"] = wanted.compare(run, form, model)
-    if floating is not None and first and not options.skip_bf16 and not options.skip_decode:
+    if decodes_floating:
         decode(run, REFERENCE, floating)
     if not options.skip_decode and not options.skip_unfused and first:
         decode(run, form, model)

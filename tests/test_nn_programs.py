@@ -37,8 +37,8 @@ def test_benchmark_of_a_model(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert set(found["formats"]) == {"gptq", "awq"}
     for form in found["formats"].values():
-        for logits in (form["logits"], form["logits_fused"]):
-            assert logits["to_bf16"]["relative_norm"] < 0.02 and logits["to_bf16"]["different_choices"] > 32
+        for logits, limit in ((form["logits"], 0.01), (form["logits_fused"], 0.02)):
+            assert logits["to_bf16"]["relative_norm"] < limit and logits["to_bf16"]["different_choices"] > 32
             # as far from the model in fp32 as the bf16 model is, or nearer
             assert 0 < logits["to_fp32"]["relative_norm"] < 1.2 * form["logits_bf16"]["relative_norm"] < 0.02
         assert form["fuse"]["merged"] == 2 and form["load"]["packed_gb"] > 0
