@@ -11,15 +11,15 @@ import torch
 GROUP = 128
 WEIGHT = 0.02  # standard deviation of the weights
 CODE = 2.5  # that of codes of 4 bits, before they are cut off at 0 and 15
-PREFERENCE = 10.0  # standard deviations of a logit
+PREFERENCE = 14.0  # standard deviations of a logit, where the last layer's output is the token's embedding alone
 AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # where column c % 8 lies in a word, in codes from its lowest bits
 
 
 def preferred(embeddings: torch.Tensor) -> torch.Tensor:
     """What makes an output layer [V, hidden] prefer one token after each other one: a trained model mostly does.
 
-    The preferred logit lies about as far above the others' mean as the largest of these does, so that some choices are
-    clear and some are close.
+    With layers that add as much as the embedding, the preferred logit lies about one and a half times as far above the
+    others' mean as the largest of these does: nearly all choices are clear, and few are closer than bf16 rounds.
     """
     v, hidden = embeddings.shape
     after = torch.randperm(v, device=embeddings.device)
