@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 TENSOR_MAP_BYTES = 128
 
 
@@ -45,7 +45,7 @@ FIELDS = (
     Field("group_blocks", "int32_t", "i", "32-k blocks that share a scale; at least ceil(k/32): one group over K"),
     Field("code_zero", "int32_t", "i", "the code that stands for zero where zeros is null"),
     Field("flags", "int32_t", "i", "sum of the FLAG_ values"),
-    Field("row_tiles", "int32_t", "i", "family flat: tiles along n"),
+    Field("row_tiles", "int32_t", "i", "tiles along n"),
     Field("token_tiles", "int32_t", "i", "tiles along m"),
     Field("steps", "int32_t", "i", "ring steps of K of a tile"),
     Field("even_tiles", "int32_t", "i", "the last tiles, whose steps of K all CTAs share evenly"),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import abi, driver, invariance, loader, tensor_map
+from . import abi, driver, invariance, loader, placement, tensor_map
 from .bundle import Bundle
 from .config import BLOCK_K, ScheduleConfig, TileConfig, TypeConfig, ceil_div
 from .errors import ArgumentError
@@ -73,7 +73,9 @@ class LaunchPlan:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     cluster: tuple[int, int, int]
-    shared_memory: int
+    shared_memory: int  # what the kernel needs
+    one_per_sm: bool  # no SM is to have two of the CTAs
+    every_sm: bool  # and each has one
     workspace: int  # bytes of global memory
     acts: TensorMapArgs
     params: dict[str, int]
@@ -98,13 +100,17 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
     shares = even_shares(tile, m, n, k, schedule.even_ctas * sms)
     acts = tensor_map.activations(m, k, shape.row_stride, tile.tokens, tile.step_units // tile.cluster)
     ctas = shares.clusters * tile.cluster
-    grid = (ctas, 1, 1) if ctas else _grid(tile, split, m, n, sms)
+    grid = (ctas, 1, 1) if ctas else _grid(tile, split, (m, n, k), sms)
+    cluster = max(split, 1) * tile.cluster  # one of the two is 1
+    one_per_sm = grid[0] * grid[1] <= placement.usable_sms(sms, cluster)
     return LaunchPlan(
         kernel_id=kernel.id,
         grid=grid,
         block=(kernel.threads, 1, 1),
-        cluster=(max(split, 1) * tile.cluster, 1, 1),  # one of the two is 1
+        cluster=(cluster, 1, 1),
         shared_memory=tile.shared_memory(split, kernel.types),
+        one_per_sm=one_per_sm,
+        every_sm=grid[0] * grid[1] == sms and one_per_sm,
         workspace=tile.workspace(ctas) if shares.tiles else 0,
         acts=acts,
         params={
@@ -123,7 +129,7 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
             "even_tiles": shares.tiles,
             "share_steps": shares.steps,
             "longer_shares": shares.longer,
-            "late_steps": late_steps(tile, split, k, grid[0] * grid[1] <= sms),
+            "late_steps": placement.late_steps(tile, split, k, one_per_sm),
         },
         pairs=columns % 8 == 0 and shape.out_stride % 2 == 0 and not shape.flags & abi.FLAG_OUT_FP32,
     )
@@ -210,7 +216,7 @@ def launch(
     config = driver.api().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid
     config.blockDimX, config.blockDimY, config.blockDimZ = plan.block
-    config.sharedMemBytes = plan.shared_memory
+    config.sharedMemBytes = placement.shared_memory(plan.shared_memory, plan.one_per_sm, plan.every_sm, stream)
     config.hStream = stream
     attributes = _attributes(plan.cluster, overlap)
     if attributes:
@@ -294,7 +300,8 @@ def _check_tiles(tile: TileConfig, number: int, m: int, n: int) -> None:
         raise ArgumentError(f"M = {m} and N = {n} make too many tiles or steps of {tile.name}; split the product")
 
 
-def _grid(tile: TileConfig, split: int, m: int, n: int, sms: int) -> tuple[int, int, int]:
+def _grid(tile: TileConfig, split: int, product: tuple[int, int, int], sms: int) -> tuple[int, int, int]:
+    m, n, k = product
     if tile.family == "flat":
         tiles = tile.tiles(m, n)
         _check_tiles(tile, tiles, m, n)
@@ -305,33 +312,7 @@ def _grid(tile: TileConfig, split: int, m: int, n: int, sms: int) -> tuple[int, 
             f"M = {m} makes {token_tiles} tiles of {tile.tokens} tokens, and {tile.name} takes at most {MAX_GRID_Y}; "
             "use a schedule of family flat, or schedule=None"
         )
-    ctas = row_tiles * split
-    return (_padded(ctas, split, sms) if token_tiles == 1 else ctas), token_tiles, 1
-
-
-def _padded(ctas: int, split: int, sms: int) -> int:
-    """A number of CTAs that fills all SMs evenly, where that is near.
-
-    Under overlap the next kernel's CTAs go to the emptiest SMs: where some are idle they get two of them, and that
-    kernel takes twice as long. CTAs past the last row only hold their SM's place.
-    """
-    full = ceil_div(ctas, sms) * sms
-    if ctas < sms or 10 * full < 11 * ctas:
-        return ceil_div(full, split) * split
-    return ctas
-
-
-def late_steps(tile: TileConfig, split: int, k: int, alone: bool) -> int:
-    """How many ring steps before its end a CTA of family "stream" lets the next kernel in; 0: at its start.
-
-    ``alone``: no SM has two CTAs of the launch. The next kernel's first copies should arrive while this one ends, not
-    while it is itself waiting for memory: a filling of the ring before the end, or two where the next kernel's CTAs
-    have room beside these (measured: docs/performance.md). Short ranges of K have been copied by then in any case.
-    """
-    if tile.family != "stream" or not alone:
-        return 0
-    late = tile.stages * min(tile.ctas_per_sm, 2)
-    return late if tile.steps(k) // max(split, 1) > late else 0
+    return placement.padded(tile, split, row_tiles, token_tiles, k, sms), token_tiles, 1
 
 
 def _check_limits(shape: Shape, types: TypeConfig) -> None:

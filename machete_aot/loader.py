@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from .launch import LaunchPlan, Operands
 
 VARIABLE = "MACHETE_AOT_LOADER"
-VERSION = 1  # MACHETE_LOADER_VERSION
+VERSION = 2  # MACHETE_LOADER_VERSION
 IN_PACKAGE = Path(__file__).parent / "native" / "libmachete_loader.so"
-PAIRS, OVERLAP = 1, 1  # options of a plan, and of a call
+PAIRS, ONE_PER_SM, EVERY_SM = 1, 2, 4  # options of a plan
+OVERLAP = 1  # and of a call
 
 _PLAN = struct.Struct("<18I6Q")  # machete_loader_plan up to its GemmParams
 _CALL = struct.Struct("<4I13Q")  # machete_loader_call
@@ -40,8 +41,9 @@ class LoaderError(Exception):
 def pack_plan(plan: LaunchPlan) -> bytes:
     """The machete_loader_plan of a plan."""
     rank = len(plan.acts.dims)
+    options = PAIRS * plan.pairs | ONE_PER_SM * plan.one_per_sm | EVERY_SM * plan.every_sm
     head = _PLAN.pack(
-        *(_PLAN_MAGIC, PLAN_BYTES, abi.ABI_VERSION, PAIRS if plan.pairs else 0),
+        *(_PLAN_MAGIC, PLAN_BYTES, abi.ABI_VERSION, options),
         *(*plan.grid, *plan.block, *plan.cluster, plan.shared_memory, rank),
         *_padded(plan.acts.box, 3),
         *_padded(plan.acts.dims, 3),

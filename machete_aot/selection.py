@@ -15,7 +15,7 @@ The fourth-power sum is a maximum with a soft corner. Coefficients and bandwidth
 docs/performance.md says how they were measured.
 
 Then the time is corrected by what the model missed at measured products nearby: the mean of ln(measured / model) over
-the schedule's measured products, weighted by exp(-d^2 / 2) / (d^2 + 0.05), where d^2 is the sum of squares of the
+the schedule's measured products, weighted by exp(-d^2 / 2) / (d^2 + 0.01), where d^2 is the sum of squares of the
 doublings in M, N and K between the products, and pulled to 0 by a weight of 1. At a measured product that is nearly
 the measured time; far from all of them it is the model.
 
@@ -36,6 +36,7 @@ from .errors import UnsupportedError
 from .manifest import HeuristicTable, Manifest, Measured, ScheduleInfo
 from .manifest_rules import DEVIATION_ZERO, NOT_MEASURED
 from .part import Part
+from .placement import usable_sms
 
 COEFFICIENTS = ("fixed_us", "cta_us", "step_us", "alone_us", "give_us", "wave", "memory_rate")
 FAR = 9.0  # squared distance past which a measured product says nothing
@@ -151,7 +152,7 @@ def work_of(schedule: ScheduleConfig, types: TypeConfig, product: tuple[int, int
         return Work(moved, ctas, tile.steps(k), (busy, busy), (rounds, rounds), givers)
     split = tile.effective_split(schedule.split, k)
     ctas = tiles * split * tile.cluster
-    usable = sms if split <= 2 else max(1, sms * 10 // 11)  # clusters of 4 and 8 leave SMs of a GPC unused
+    usable = usable_sms(sms, split)
     most = ceil_div(ctas, usable)
     most_rounds = ceil_div(most, tile.ctas_per_sm)
     busy = max(ctas / usable, min(1, most))
@@ -326,7 +327,7 @@ def corrections(
     for index, (log_m, log_n, log_k) in enumerate(zip(*measured.logarithms, strict=True)):
         distance = (log_m - m) ** 2 + (log_n - n) ** 2 + (log_k - k) ** 2
         if distance < FAR:
-            near.append((index, math.exp(-distance / 2) / (distance + 0.05)))
+            near.append((index, math.exp(-distance / 2) / (distance + 0.01)))
     factors = {}
     none = ord(NOT_MEASURED)
     for schedule in measured.deviations if schedules is None else schedules:

@@ -41,7 +41,9 @@ class TensorMap(NamedTuple):
 def activations(m: int, k: int, row_stride: int, tokens: int, step_units: int) -> TensorMapArgs:
     """The tensor map of 16-bit activations [m, k], rows ``row_stride`` elements apart (a multiple of 8).
 
-    Rank 3, one copy a ring stage, where k is a multiple of 64; else rank 2, whose copies zero the end of each row.
+    Rank 3, one copy a ring stage, where k is a multiple of 64 and a tile of ``tokens`` is full; else rank 2, a copy for
+    each 64 k, which zeroes the end of each row, and of no more rows than there are: the copy engine takes longer for a
+    row of zeros than for one that it reads (measured: docs/performance.md).
     Raises ArgumentError past the limits of a tensor map.
     """
     row_bytes = 2 * row_stride
@@ -50,8 +52,8 @@ def activations(m: int, k: int, row_stride: int, tokens: int, step_units: int) -
             f"activations [{m}, {k}] with rows {row_bytes} bytes apart: a tensor map holds dimensions up to {MAX_DIM} "
             f"and strides below {MAX_STRIDE} bytes; split the product, or make the activations contiguous"
         )
-    if k % 64:
-        return TensorMapArgs((k, m), (row_bytes,), (64, tokens))
+    if k % 64 or m < tokens:
+        return TensorMapArgs((k, m), (row_bytes,), (64, min(m, tokens)))
     return TensorMapArgs((64, m, k // 64), (row_bytes, 128), (64, tokens, step_units))
 
 

@@ -17,6 +17,7 @@ from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from machete_aot.errors import ArgumentError, CaptureError, DriverCallError
 from machete_aot.launch import LaunchPlan, Operands, Shape, make_plan, multiply, parameter_bytes
 from machete_aot.manifest import KernelInfo
+from machete_aot.placement import OVER_HALF
 from stub.bundles import BF16, FLAT, FP16, NARROW, WIDE, make_bundle, schedule
 from stub.harness import Stub, stubbed
 
@@ -60,58 +61,6 @@ def even_plan(m: int, n: int, k: int) -> LaunchPlan:
 )
 def test_split_leaves_every_cta_a_step(split: int, k: int, expected: int) -> None:
     assert NARROW.effective_split(split, k) == expected
-
-
-@pytest.mark.parametrize(
-    ("n", "split", "expected"),
-    [
-        (8192, 1, 132),  # 64 row tiles: fewer than SMs, so all of them
-        (8192, 2, 132),  # 128
-        (8192, 4, 264),  # 256 of 264: within 10%
-        (128 * 133, 1, 133),  # the next multiple, 264, is far
-        (128 * 240, 1, 240),  # 264 is exactly 10% above: not below
-        (128 * 241, 1, 264),
-        (128 * 132, 1, 132),
-        (1, 4, 132),
-        (128 * 128, 4, 528),  # 512 to 528
-    ],
-)
-def test_grid_is_padded_where_that_is_near(n: int, split: int, expected: int) -> None:
-    found = plan(NARROW, split, 8, n, 4096)
-    assert found.grid == (expected, 1, 1)
-    assert found.cluster == (split, 1, 1)
-
-
-def test_padded_grid_is_a_multiple_of_the_cluster() -> None:
-    assert make_plan(kernel(NARROW), ScheduleConfig(NARROW, 4), shape(1, 128, 4096), sms=114).grid == (116, 1, 1)
-
-
-def test_several_token_tiles_are_not_padded() -> None:
-    assert plan(NARROW, 2, 9, 8192, 4096).grid == (128, 2, 1)
-    assert plan(WIDE, 1, 4096, 128, 4096).grid == (2, 64, 1)
-
-
-@pytest.mark.parametrize(
-    ("ctas_per_sm", "stages", "split", "m", "n", "k", "late"),
-    # steps of 256 k, 128 rows a tile
-    [
-        (2, 3, 1, 8, 8192, 256 * 7, 6),  # two fillings of three stages before the end
-        (2, 3, 1, 8, 8192, 256 * 6, 0),  # copied by then
-        (1, 3, 1, 8, 8192, 256 * 4, 3),
-        (1, 3, 1, 8, 8192, 256 * 3, 0),
-        (2, 3, 2, 8, 8192, 256 * 14, 6),  # 7 steps a CTA
-        (2, 3, 2, 8, 8192, 256 * 13, 0),  # 6 in one of the two
-        (2, 3, 1, 8, 128 * 132, 256 * 7, 6),
-        (2, 3, 1, 8, 128 * 133, 256 * 7, 0),  # two CTAs on an SM
-        (2, 3, 1, 9, 128 * 67, 256 * 7, 0),  # 67 for each of two tiles of tokens
-        (2, 3, 1, 9, 128 * 66, 256 * 7, 6),
-    ],
-)
-def test_late_steps(ctas_per_sm: int, stages: int, split: int, m: int, n: int, k: int, late: int) -> None:
-    tile = replace(NARROW, ctas_per_sm=ctas_per_sm, stages=stages)
-    found = make_plan(replace(kernel(NARROW), tile=tile), ScheduleConfig(tile, split), shape(m, n, k), sms=132)
-    assert found.params["late_steps"] == late
-    assert plan(FLAT, 1, m, n, k).params["late_steps"] == 0
 
 
 def test_grid_of_whole_tiles_is_at_most_what_fits() -> None:
@@ -169,11 +118,24 @@ def test_even_shares_of_clusters(m: int, n: int, k: int, ctas: int, tiles: int, 
 @pytest.mark.parametrize(("n", "ctas"), [(1, 2), (257, 4), (128 * 131, 132), (128 * 133, 132)])
 def test_whole_tiles_of_clusters(n: int, ctas: int) -> None:
     pair = replace(FLAT, cluster=2)
-    found = make_plan(replace(kernel(FLAT), tile=pair), ScheduleConfig(pair, 1), shape(7, n, 4096), sms=132)
+    found = make_plan(replace(kernel(FLAT), tile=pair), ScheduleConfig(pair, 1), shape(256, n, 4096), sms=132)
     assert (found.grid, found.cluster, found.workspace) == ((ctas, 1, 1), (2, 1, 1), 0)
     assert found.params["row_tiles"] == -(-n // 256)
     assert found.acts.box == (64, 256, 1)  # each CTA copies one of a step's two units
-    assert plan(FLAT, 1, 7, n, 4096).acts.box == (64, 256, 2)
+    assert plan(FLAT, 1, 256, n, 4096).acts.box == (64, 256, 2)
+
+
+def test_a_tile_that_is_not_full_copies_no_more_tokens_than_there_are() -> None:
+    for tile, m, rows in ((NARROW, 1, 1), (NARROW, 7, 7), (WIDE, 33, 33), (FLAT, 255, 255)):
+        found = plan(tile, 1, m, 8192, 4096)
+        assert found.acts == ((4096, m), (8192,), (64, rows))
+        assert found.params["flags"] == abi.FLAG_ACTS_2D
+    for tile, m in ((NARROW, 8), (NARROW, 9), (WIDE, 65), (FLAT, 256), (FLAT, 257)):
+        found = plan(tile, 1, m, 8192, 4096)
+        assert found.acts == ((64, m, 64), (8192, 128), (64, tile.tokens, tile.step_units))
+        assert found.params["flags"] == 0
+    assert plan(WIDE, 1, 33, 8192, 4100).acts == ((4100, 33), (8208,), (64, 33))
+    assert plan(WIDE, 1, 65, 8192, 4100).acts == ((4100, 65), (8208,), (64, 64))
 
 
 def test_limits_are_typed() -> None:
@@ -212,12 +174,9 @@ def test_stream_grid_covers_the_product(tile: TileConfig, split: int, m: int, n:
     assert found.grid[0] % used == 0
     assert found.grid[1] * tile.tokens >= m > (found.grid[1] - 1) * tile.tokens
     assert needed <= found.grid[0]
-    if found.grid[1] > 1:
-        assert found.grid[0] == needed
-    elif needed >= sms:
-        assert found.grid[0] * 10 < needed * 11 + 10 * used
-    else:
-        assert found.grid[0] < sms + used
+    if found.grid[0] > needed:  # padding, of less than a tenth or up to all SMs
+        assert found.grid[0] * found.grid[1] >= sms
+        assert found.grid[0] * 10 < needed * 11 + 10 * used or found.grid[0] < min(sms, 2 * needed) + used
     assert found.shared_memory == tile.shared_memory(used, BF16)
 
 
@@ -256,7 +215,7 @@ def test_pairs_are_stored_where_they_are_aligned(n: int, out_stride: int, out: i
     ],
 )
 def test_flags_of_the_call_reach_the_kernel(n: int, flags: int, pairs: bool) -> None:
-    found = make_plan(kernel(NARROW), ScheduleConfig(NARROW, 1), shape(2, n, 128, flags=flags), sms=132)
+    found = make_plan(kernel(NARROW), ScheduleConfig(NARROW, 1), shape(8, n, 128, flags=flags), sms=132)
     operands = OPERANDS._replace(zeros=0x7F6000000000, channel_scales=0x7F7000000000, token_scales=0x7F8000000000)
     params = abi.unpack_params(parameter_bytes(found, operands, 0, 0))
     assert params["flags"] == flags | (abi.FLAG_STORE_PAIRS if pairs else 0)
@@ -308,14 +267,14 @@ def run(
 @stubbed
 def test_aligned_launch(stub: Stub) -> None:
     operands = OPERANDS._replace(bias=0x7F3000000000)
-    assert run(NARROW, 2, shape(5, 8192, 4096, row_stride=4104, out_stride=8200), operands) == []
+    assert run(NARROW, 2, shape(8, 8192, 4096, row_stride=4104, out_stride=8200), operands) == []
     (launch,) = stub.launches
     assert launch.symbol == f"machete_bf16_u4b8__{NARROW.name}"
     assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (320, 1, 1), (2, 1, 1))
-    assert launch.shared_memory == NARROW.shared_memory(2, BF16)
+    assert launch.shared_memory == OVER_HALF > NARROW.shared_memory(2, BF16)
     assert (launch.device, launch.stream, launch.programmatic, launch.attributes) == (0, STREAM, False, 1)
     assert launch.tensor_map == (
-        1, OPERANDS.acts, (64, 5, 64), (8208, 128), (64, 8, 4), (1, 1, 1), 0, 3, 3, 0
+        1, OPERANDS.acts, (64, 8, 64), (8208, 128), (64, 8, 4), (1, 1, 1), 0, 3, 3, 0
     )  # fmt: skip
     assert len(launch.parameters) == 128 + abi.SIZE == 264
     found = abi.unpack_params(launch.parameters[128:])
@@ -329,7 +288,7 @@ def test_aligned_launch(stub: Stub) -> None:
         "token_scales": 0,
         "out": OPERANDS.out,
         "workspace": 0,
-        "m": 5,
+        "m": 8,
         "n": 8192,
         "k": 4096,
         "scale_stride": 8192,
@@ -365,9 +324,9 @@ def test_ragged_k_takes_the_2d_tensor_map(stub: Stub) -> None:
 def test_split_is_clamped_with_its_shared_memory(stub: Stub) -> None:
     run(NARROW, 4, shape(1, 128, 600))
     run(NARROW, 4, shape(1, 128, 256))
-    two, one = stub.launches
-    assert (two.cluster, two.shared_memory, two.attributes) == ((2, 1, 1), NARROW.shared_memory(2, BF16), 1)
-    assert (one.cluster, one.shared_memory, one.attributes) == ((1, 1, 1), NARROW.shared_memory(1, BF16), 0)
+    assert [(x.cluster, x.attributes) for x in stub.launches] == [((2, 1, 1), 1), ((1, 1, 1), 0)]
+    assert plan(NARROW, 4, 1, 128, 600).shared_memory == NARROW.shared_memory(2, BF16)
+    assert plan(NARROW, 4, 1, 128, 256).shared_memory == NARROW.shared_memory(1, BF16)
 
 
 @stubbed

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import machete_aot as machete
-from machete_aot import abi, calls, doctor, driver, launch, loader, product
+from machete_aot import abi, calls, doctor, driver, launch, loader, placement, product
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from machete_aot.errors import DeviceError, DriverCallError
 from machete_aot.launch import LaunchPlan, Operands, Shape, make_plan, multiply
@@ -144,6 +144,37 @@ def test_what_both_ways_launch_is_what_is_meant(stub: Stub) -> None:
     pairs = {name: bool(p["flags"] & abi.FLAG_STORE_PAIRS) for name, p in params.items()}
     assert pairs["swiglu"] and not (pairs["integer zeros"] or pairs["no pairs"] or pairs["odd stride"])
     assert [p["token"] for p in params.values()][:5] == [2**64 - 3, 2**64 - 2, 2**64 - 1, 0, 1]
+
+
+@stubbed
+def test_both_ways_ask_for_the_same_shared_memory(stub: Stub) -> None:
+    """Of launches in a row on two streams and two threads, at random."""
+    names = [name for name in LAUNCHES if name != "code of zero"] + ["every SM"]
+    known = LAUNCHES | {"every SM": (BF16, schedule(NARROW, 2), shape(5, 8192, 4096), OPERANDS, True)}
+    chosen = random.Random(5).choices(names, weights=[1] * (len(names) - 1) + [len(names)], k=400)
+
+    def asked(native: bool) -> list[int]:
+        use(native)
+        placement._last.__dict__.clear()
+        before = len(stub.launches)
+
+        def run(part: list[str]) -> None:
+            streams = random.Random(6)
+            for name in part:
+                types, schedule, sizes, operands, overlap = known[name]
+                with driver.current(driver.device(0)):
+                    stream = STREAM + streams.randrange(4) // 3
+                    multiply(BUNDLE, types, sizes, schedule, operands, 0, stream, overlap, lambda size: WORKSPACE)
+
+        for part in (chosen[:200], chosen[200:]):
+            thread = threading.Thread(target=run, args=(part,))
+            thread.start()
+            thread.join()
+        return [x.shared_memory for x in stub.launches[before:]]
+
+    slow = asked(False)
+    assert slow == asked(True)
+    assert {placement.OVER_HALF, NARROW.shared_memory(2, BF16)} < set(slow)
 
 
 @stubbed

@@ -102,7 +102,7 @@ def test_the_correction_is_the_measured_deviation_at_a_measured_product() -> Non
     text = chr(DEVIATION_ZERO + 20) + chr(DEVIATION_ZERO - 30) + NOT_MEASURED
     measured = Measured(((16, 4096, 4096), (16, 65536, 65536), (16, 4096, 8192)), {"s": text})
     (at,) = corrections(measured, (16, 4096, 4096)).values()
-    assert at == pytest.approx(math.exp(0.20 * 20 / 21))  # weight 1 / 0.05, pulled to 0 by a weight of 1
+    assert at == pytest.approx(math.exp(0.20 * 100 / 101))  # weight 1 / 0.01, pulled to 0 by a weight of 1
     (beside,) = corrections(measured, (16, 4096, 8192)).values()
     assert 1.0 < beside < at
     (far,) = corrections(measured, (16, 512, 512)).values()

@@ -239,7 +239,7 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
         place_tile<T>(p, work.tile, row0, token0);
         for (int step = work.from; step < work.to; step++) {
           mbar_wait(ring.empty(at.slot), at.free_parity());
-          load_acts(ring, at.slot, acts, p.flags, token0, step * T::STEP_UNITS, cta_rank<T>());
+          load_acts(ring, at.slot, acts, p, token0, step * T::STEP_UNITS, cta_rank<T>());
           at.advance();
         }
       }

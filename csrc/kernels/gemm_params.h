@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MACHETE_ABI_VERSION = 4 };
+enum { MACHETE_ABI_VERSION = 5 };
 
 enum {
   FLAG_ACTS_2D = 1,
@@ -35,7 +35,7 @@ typedef struct GemmParams {
   int32_t group_blocks;         // 32-k blocks that share a scale; at least ceil(k/32): one group over K
   int32_t code_zero;            // the code that stands for zero where zeros is null
   int32_t flags;                // sum of the FLAG_ values
-  int32_t row_tiles;            // family flat: tiles along n
+  int32_t row_tiles;            // tiles along n
   int32_t token_tiles;          // tiles along m
   int32_t steps;                // ring steps of K of a tile
   int32_t even_tiles;           // the last tiles, whose steps of K all CTAs share evenly

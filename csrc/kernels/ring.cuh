@@ -241,18 +241,20 @@ struct ZeroRows<Types, true> {
   }
 };
 
-// One lane's copy of a step of activations. Rows past m and k past the end arrive as zeros and count as bytes. In a
-// cluster, of the units that fall to this CTA's rank; the others' may arrive before their bytes are announced here, but
-// not before the slot is free: the CTA that sends them has waited for these consumers too.
+// One lane's copy of a step of activations. k past the end arrive as zeros and count as bytes. So do rows past m in the
+// last of several tiles of tokens; a single one has no more rows than m, since the copy engine takes longer for a row
+// of zeros than for one that it reads. What then lies in the others stays in columns that nobody stores. In a cluster,
+// of the units that fall to this CTA's rank; the others' may arrive before their bytes are announced here, but not
+// before the slot is free: the CTA that sends them has waited for these consumers too.
 template <class T>
-DEVICE void load_acts(const Ring<T>& ring, int slot, const CUtensorMap& map, int flags, int token0, int unit,
+DEVICE void load_acts(const Ring<T>& ring, int slot, const CUtensorMap& map, const GemmParams& p, int token0, int unit,
                       int rank = 0) {
   static_assert(T::STEP_UNITS % T::CLUSTER == 0, "every CTA copies as many units");
   constexpr int UNITS = T::STEP_UNITS / T::CLUSTER;
   constexpr uint16_t ALL = (1 << T::CLUSTER) - 1;
   const uint32_t bar = ring.full(slot);
-  mbar_expect(bar, T::ACTS_BYTES);
-  if (flags & FLAG_ACTS_2D) {
+  mbar_expect(bar, min(p.m, T::TOKENS) * (T::ACTS_BYTES / T::TOKENS));
+  if (p.flags & FLAG_ACTS_2D) {
     for (int u = rank * UNITS; u < (rank + 1) * UNITS; u++) {
       const uint32_t to = ring.acts(slot) + u * T::ACTS_TILE;
       if (T::CLUSTER == 1) tensor_copy_2d(to, &map, (unit + u) * UNIT_K, token0, bar);

@@ -49,14 +49,14 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
   const int rank = cluster_rank(), log_split = 31 - __clz(cluster_size()), split = 1 << log_split;
   const int log_workers = log_split + T::LOG_K_WG, workers = 1 << log_workers;
   const int row0 = (blockIdx.x >> log_split) * T::ROWS, token0 = blockIdx.y * T::TOKENS;
-  if (row0 >= p.n) {  // padding: holds its SM's slot while the next kernel is placed, so that this kernel's CTAs
-    wait_for_predecessors();  // and the next one's are spread one to an SM; without it some SMs get two CTAs of a
-                              // kernel
-    return;
-  }
   const int k_units = (p.k + UNIT_K - 1) / UNIT_K;
   const int all_steps = (k_units + T::STEP_UNITS - 1) / T::STEP_UNITS;
-  const int step0 = all_steps * rank >> log_split, steps = (all_steps * (rank + 1) >> log_split) - step0;
+  const int step0 = all_steps * rank >> log_split;
+  // A padding CTA, past n, holds its place on an SM and stores nothing, so that the next kernel finds the same room on
+  // every SM when it is let in: at the start of this one, or as long as the others take. It multiplies a part of
+  // another one's tile, or all of it, whose weights are in L2.
+  const bool padding = row0 >= p.n;
+  const int steps = padding && p.late_steps == 0 ? 1 : (all_steps * (rank + 1) >> log_split) - step0;
 
   const Ring<T> ring{smem_address(smem)};
   const uint32_t reduced = ring.extra_barrier();
@@ -82,7 +82,8 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
   if (warp == T::WARPS) {
     if (elect_one()) {
       const uint64_t policy = gridDim.y == 1 ? policy_evict_first() : policy_evict_normal();
-      WeightProducer<T> weights(p, row0, step0 * T::STEP_UNITS, k_units);
+      const int rows = p.row_tiles * T::ROWS, read0 = padding ? min(row0 - rows, rows - T::ROWS) : row0;
+      WeightProducer<T> weights(p, read0, step0 * T::STEP_UNITS, k_units);
       Position<T::STAGES> at;  // the first round of waits passes at once
       for (int step = 0; step < steps; step++) {
         mbar_wait(ring.empty(at.slot), at.free_parity());
@@ -98,7 +99,7 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
       Position<T::STAGES> at;
       for (int step = 0; step < steps; step++) {
         mbar_wait(ring.empty(at.slot), at.free_parity());
-        load_acts(ring, at.slot, acts, p.flags, token0, (step0 + step) * T::STEP_UNITS);
+        load_acts(ring, at.slot, acts, p, token0, (step0 + step) * T::STEP_UNITS);
         at.advance();
       }
     }

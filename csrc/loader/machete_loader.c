@@ -16,6 +16,9 @@ _Static_assert(sizeof(machete_loader_call) == 120, "machete_aot/loader.py packs 
 enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };                      // CUlaunchAttributeID
 enum { UINT16 = 1, NO_INTERLEAVE = 0, SWIZZLE_128B = 3, PROMOTE_256B = 3, FILL_ZERO = 0 };  // CUtensorMap...
 enum { MAX_BOX = 256, MAX_CLUSTER = 16, MAX_THREADS = 1024, MAX_GRID_YZ = 65535, MAX_SHARED = 227 * 1024 };
+// Bytes of shared memory of an SM of compute capability 9.0, of it what a CTA takes beside what it asks for, and what
+// two CTAs of an SM cannot both have, in the unit in which it is handed out.
+enum { SM_SHARED = 228 * 1024, CTA_RESERVED = 1024, OVER_HALF = SM_SHARED / 2 - CTA_RESERVED + 512 };
 #define MAX_DIM (UINT64_C(1) << 32)
 #define MAX_STRIDE (UINT64_C(1) << 40)
 
@@ -73,6 +76,12 @@ typedef struct map_set {
 } map_set;
 static _Thread_local map_set cache[SETS];
 
+// The last launch of this thread: its stream, and the shared memory of each CTA if every SM has one, else 0.
+static _Thread_local struct {
+  void* stream;
+  uint32_t shared_memory;
+} last;
+
 // ---- the driver ----
 
 static int failed(int function, int result) { return result ? (function + 1) << 16 | (result & 0xffff) : 0; }
@@ -124,7 +133,9 @@ static bool between(uint64_t value, uint64_t least, uint64_t most) { return valu
 static int check_plan(const machete_loader_plan* p) {
   if (p->magic != MACHETE_LOADER_PLAN || p->size != sizeof *p) return MACHETE_LOADER_BAD_PLAN;
   if (p->abi != MACHETE_ABI_VERSION) return MACHETE_LOADER_WRONG_ABI;
-  if (p->options & ~(uint32_t)MACHETE_LOADER_PAIRS) return MACHETE_LOADER_BAD_PLAN;
+  const uint32_t placed = MACHETE_LOADER_ONE_PER_SM | MACHETE_LOADER_EVERY_SM;
+  if (p->options & ~(MACHETE_LOADER_PAIRS | placed)) return MACHETE_LOADER_BAD_PLAN;
+  if ((p->options & placed) == MACHETE_LOADER_EVERY_SM) return MACHETE_LOADER_BAD_PLAN;
   bool good = between(p->grid[0], 1, INT32_MAX) && between(p->rank, 2, 3) && p->shared_memory <= MAX_SHARED;
   uint64_t threads = 1, ctas = 1;
   for (int i = 0; i < 3; ++i) {
@@ -203,6 +214,20 @@ static int tensor_map(const machete_loader_plan* p, const void* address, void** 
   return MACHETE_LOADER_OK;
 }
 
+// What the launch asks for: what the kernel needs, or more, see MACHETE_LOADER_ONE_PER_SM. machete_aot/placement.py
+// says why.
+static uint32_t shared_memory(const machete_loader_plan* p, void* stream) {
+  uint32_t bytes = p->shared_memory;
+  if (p->options & MACHETE_LOADER_ONE_PER_SM) {
+    const uint32_t beside = last.stream == stream ? last.shared_memory : 0;
+    const bool fits = beside && beside + bytes + 2 * CTA_RESERVED <= SM_SHARED;
+    if (!fits && bytes < OVER_HALF) bytes = OVER_HALF;
+  }
+  last.stream = stream;
+  last.shared_memory = p->options & MACHETE_LOADER_EVERY_SM ? bytes : 0;
+  return bytes;
+}
+
 static int launch(const machete_loader_call* c, const machete_loader_plan* p) {
   void* map;
   const int encoded = tensor_map(p, c->acts, &map);
@@ -219,7 +244,7 @@ static int launch(const machete_loader_call* c, const machete_loader_plan* p) {
   params.token = atomic_fetch_add_explicit(&next_token, 1, memory_order_relaxed);
   if (p->options & MACHETE_LOADER_PAIRS && (uintptr_t)c->out % 4 == 0) params.flags |= FLAG_STORE_PAIRS;
   launch_attribute attributes[2] = {{0}};
-  launch_config config = {.shared_memory = p->shared_memory, .stream = c->stream, .attributes = attributes};
+  launch_config config = {.shared_memory = shared_memory(p, c->stream), .stream = c->stream, .attributes = attributes};
   memcpy(config.grid, p->grid, sizeof config.grid);
   memcpy(config.block, p->block, sizeof config.block);
   if (p->cluster[0] != 1 || p->cluster[1] != 1 || p->cluster[2] != 1) {

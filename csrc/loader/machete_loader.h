@@ -5,7 +5,8 @@
 // A *plan* holds all that one shape of a product fixes, a *call* the rest: addresses, the stream, the kernel. Both are
 // plain structs that the caller owns and may share between threads, as long as nobody writes to them. A launch checks
 // both, encodes the tensor map of the activations unless this thread did so lately, fills in the parameter block and
-// calls cuLaunchKernelEx. It allocates nothing but, once for each thread, the storage of that thread's tensor maps.
+// calls cuLaunchKernelEx. It allocates nothing but, once for each thread, the storage of that thread's tensor maps and
+// of what it launched last.
 //
 // Functions return 0, a negative machete_loader_status, or what a driver call returned, see machete_loader_result. All
 // of them may be called from any thread at any time. After fork() a child needs the CUDA driver to be uninitialised in
@@ -26,7 +27,7 @@ extern "C" {
 #define MACHETE_LOADER_API __attribute__((visibility("default")))
 #endif
 
-enum { MACHETE_LOADER_VERSION = 1 };  // changes with the structs below; MACHETE_ABI_VERSION is that of GemmParams
+enum { MACHETE_LOADER_VERSION = 2 };  // changes with the structs below; MACHETE_ABI_VERSION is that of GemmParams
 
 enum {
   MACHETE_LOADER_PLAN = 0x4e4c504d,  // machete_loader_plan.magic: "MPLN"
@@ -47,7 +48,10 @@ typedef enum machete_loader_status {
 
 // machete_loader_plan.options
 enum {
-  MACHETE_LOADER_PAIRS = 1,  // set FLAG_STORE_PAIRS where the address of the output is a multiple of 4
+  MACHETE_LOADER_PAIRS = 1,       // set FLAG_STORE_PAIRS where the address of the output is a multiple of 4
+  MACHETE_LOADER_ONE_PER_SM = 2,  // no SM is to have two of the CTAs: ask for over half of its shared memory, unless
+                                  // the thread's last launch, on the same stream, leaves the same room on every SM
+  MACHETE_LOADER_EVERY_SM = 4,  // with the above: every SM has one
 };
 
 // What one shape of a product fixes. machete_aot/launch.py derives these from a schedule (LaunchPlan).
@@ -59,7 +63,7 @@ typedef struct machete_loader_plan {
   uint32_t grid[3];        // in CTAs
   uint32_t block[3];       // in threads
   uint32_t cluster[3];     // in CTAs; 1, 1, 1 launches without the cluster attribute
-  uint32_t shared_memory;  // dynamic, in bytes
+  uint32_t shared_memory;  // dynamic, in bytes, that the kernel needs
   uint32_t rank;           // of the tensor map: 2 or 3. What follows of a third dimension is 0 for 2
   uint32_t box[3];         // elements of a copy
   uint64_t dims[3];        // elements
@@ -80,7 +84,7 @@ typedef struct machete_loader_call {
   uint32_t options;            // sum of the above
   uint32_t reserved;           // 0
   const void* plan;            // a machete_loader_plan
-  void* kernel;                // CUkernel or CUfunction, allowed to use plan.shared_memory bytes
+  void* kernel;                // CUkernel or CUfunction, allowed to use plan.shared_memory bytes and half of an SM's
   void* stream;                // CUstream
   void* context;               // CUcontext to launch in, current or not; null: the current one
   const void* acts;            // on 16 bytes

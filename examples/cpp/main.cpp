@@ -62,6 +62,7 @@ machete_loader_plan plan_of(const Json& kernel, std::int64_t m, std::int64_t n, 
   plan.magic = MACHETE_LOADER_PLAN;
   plan.size = sizeof plan;
   plan.abi = MACHETE_ABI_VERSION;
+  // Nothing runs beside this one product, so not MACHETE_LOADER_ONE_PER_SM.
   plan.options = n % 8 == 0 ? MACHETE_LOADER_PAIRS : 0;
   const std::int64_t grid[3] = {ceil_div(n, rows), ceil_div(m, tokens), 1};
   for (int i = 0; i < 3; ++i) {
@@ -70,15 +71,18 @@ machete_loader_plan plan_of(const Json& kernel, std::int64_t m, std::int64_t n, 
     plan.cluster[i] = 1;
   }
   plan.shared_memory = static_cast<std::uint32_t>(barriers + slabs);
-  plan.rank = 3;  // because k is a multiple of 64
-  const std::int64_t dims[3] = {64, m, k / 64}, box[3] = {64, tokens, units};
+  // k is a multiple of 64; a single tile of tokens is copied as far as it is filled.
+  const bool full = m >= tokens;
+  const std::int64_t dims[2][3] = {{k, m, 0}, {64, m, k / 64}}, box[2][3] = {{64, m, 0}, {64, tokens, units}};
+  plan.rank = full ? 3 : 2;
   for (int i = 0; i < 3; ++i) {
-    plan.dims[i] = static_cast<std::uint64_t>(dims[i]);
-    plan.box[i] = static_cast<std::uint32_t>(box[i]);
+    plan.dims[i] = static_cast<std::uint64_t>(dims[full][i]);
+    plan.box[i] = static_cast<std::uint32_t>(box[full][i]);
   }
   plan.strides[0] = static_cast<std::uint64_t>(2 * k);
-  plan.strides[1] = 128;
+  plan.strides[1] = full ? 128 : 0;
   GemmParams& p = plan.params;
+  p.flags = full ? 0 : FLAG_ACTS_2D;
   p.m = static_cast<std::int32_t>(m);
   p.n = p.scale_stride = p.out_stride = static_cast<std::int32_t>(n);
   p.k = static_cast<std::int32_t>(k);

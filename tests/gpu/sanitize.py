@@ -3,9 +3,9 @@
 
     compute-sanitizer --tool memcheck --report-api-errors no --kernel-name kns=machete python tests/gpu/sanitize.py
 
-Every schedule of the kernels of one type (``--types``), and of those of each other type the narrowest and the widest
-tile of each family, with other zeros, scales and outputs in turn. K is long enough that every ring stage is used again.
-docs/sanitizer.md has the commands and what they report.
+Every schedule of the kernels of one type (``--types``) with each kind of output, and of those of each other type the
+narrowest and the widest tile of each family, with other zeros and kinds of output in turn. K is long enough that every
+ring stage is used again. docs/sanitizer.md has the commands and what they report.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from gpu_layers import Layer
 
 import machete_aot as machete
+from machete_aot import placement
 from machete_aot.bundle import open_bundle
 from machete_aot.config import TileConfig, TypeConfig
 from machete_aot.fetch import default_bundle
@@ -28,14 +29,22 @@ from machete_aot.prepack import A_DTYPES
 from machete_aot.qualify import Weights, weights_of
 from machete_aot.scalar_type import scalar_type
 
+KINDS = 3  # of output: with a bias; with all that a sum can become; silu(gate) * up alone
 
-def product(tile: TileConfig, split: int) -> tuple[int, int, int]:
-    """(M, N, K): two token tiles, the second with a row; two row tiles, the second with 16; a ragged end of K.
 
-    In a cluster the second row tile leaves CTAs without any row.
+def product(tile: TileConfig, split: int, kind: int) -> tuple[int, int, int]:
+    """(M, N, K): two token tiles, the second with a row, or a part of one; two row tiles, the second with 16 or 80.
+
+    K has a ragged end. In a cluster the second row tile leaves CTAs without any row.
     """
     steps = max(split, 1) * (tile.stages + 1)  # of even shares (split 0), each is a part of a tile
-    return tile.tokens + 1, tile.rows * tile.cluster + 16, 64 * tile.step_units * steps + 72
+    m, rest = (tile.tokens + 1, 16) if kind < 2 else (tile.tokens - 3, 80)
+    return m, tile.rows * tile.cluster + rest, 64 * tile.step_units * steps + 72
+
+
+def twice_as_many(tile: TileConfig, split: int, row_tiles: int, *_: int) -> int:
+    """Padding, which products of this size do not have."""
+    return 2 * row_tiles * split
 
 
 def chosen(manifest: Manifest, whole: str) -> Iterator[tuple[TypeConfig, ScheduleInfo, int]]:
@@ -51,16 +60,17 @@ def chosen(manifest: Manifest, whole: str) -> Iterator[tuple[TypeConfig, Schedul
             yield types, schedule, number
 
 
-def run(types: TypeConfig, weights: Weights, schedule: ScheduleInfo, tile: TileConfig, number: int) -> float:
-    """The error of a product, over its tolerance. Every other one has all that a sum can become."""
-    m, n, k = product(tile, schedule.split)
+def run(types: TypeConfig, weights: Weights, schedule: ScheduleInfo, tile: TileConfig, kind: int) -> float:
+    """The error of a product, over its tolerance."""
+    m, n, k = product(tile, schedule.split, kind)
     b_type, dtype = scalar_type(weights.b), A_DTYPES[types.a]
     layer = Layer(n, k, weights.group, dtype, b_type=b_type, zeros=weights.zeros)
     a, options = layer.acts(m), {"bias": layer.bias()}
-    if number % 2:
+    if kind == 1:
         options |= {"channel_scales": layer.channel_scales(), "token_scales": layer.token_scales(m)}
+    if kind > 0:
         options |= {"activation": "swiglu"}
-    out_dtype = (dtype, torch.float32)[number // 2 % 2]
+    out_dtype = torch.float32 if kind == 1 else dtype
     out = layer.gemm(a, schedule=schedule.name, out_dtype=out_dtype, **options)
     error = layer.error(out, layer.expected(a, **options))
     words = f"{weights.b}, zeros {weights.zeros}, groups of {weights.group}, {', '.join(options)}, {out_dtype}"
@@ -81,13 +91,15 @@ def main() -> int:
     names = [types.name for types in manifest.types]
     if options.types not in names:
         parser.error(f"--types: the bundle has no kernels for {options.types!r}; it has {', '.join(names)}")
+    placement.padded = twice_as_many
     failures = 0
     for types, schedule, number in chosen(manifest, options.types):
         if options.only in schedule.name:
             # Neighbours in this list have other zeros and types; the group sizes are those that change within a unit.
             weights = [w for w in weights_of(manifest, types) if w.group in (32, 64)]
             tile = manifest.kernel_for(types, schedule.name).tile
-            failures += not run(types, weights[number % len(weights)], schedule, tile, number) <= 1
+            for kind in range(KINDS) if types.name == options.types else [number % KINDS]:
+                failures += not run(types, weights[(number + kind) % len(weights)], schedule, tile, kind) <= 1
     print(f"{failures} failed")
     return failures != 0
 

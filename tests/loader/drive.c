@@ -38,7 +38,7 @@ static machete_loader_plan plan_of(int32_t m) {
       .magic = MACHETE_LOADER_PLAN,
       .size = sizeof(machete_loader_plan),
       .abi = MACHETE_ABI_VERSION,
-      .options = MACHETE_LOADER_PAIRS,
+      .options = MACHETE_LOADER_PAIRS | MACHETE_LOADER_ONE_PER_SM | MACHETE_LOADER_EVERY_SM,
       .grid = {64, 1, 1},
       .block = {320, 1, 1},
       .cluster = {2, 1, 1},
@@ -114,6 +114,10 @@ static void check_refusals(void) {
   const int status = machete_loader_launch(&call);
   CHECK(machete_loader_result(status) == 1 && !strcmp(machete_loader_function(status), "cuTensorMapEncodeTiled"));
   call = call_of(&plan);
+  plan.options = MACHETE_LOADER_EVERY_SM;  // which says nothing without ONE_PER_SM
+  CHECK(machete_loader_launch(&call) == MACHETE_LOADER_BAD_PLAN);
+  plan.options = MACHETE_LOADER_ONE_PER_SM;
+  CHECK(machete_loader_launch(&call) == MACHETE_LOADER_OK);
   plan.workspace = 1024;
   CHECK(machete_loader_launch(&call) == MACHETE_LOADER_NO_ADDRESS);
   plan.abi = 1;
