@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import threading
 
-from .config import TileConfig, ceil_div
+from .config import SHARED_PER_SM, SHARED_RESERVED, TileConfig, ceil_div
 
-SM_SHARED_MEMORY = 228 * 1024  # of compute capability 9.0
-CTA_RESERVED = 1024  # of it, beside what a CTA asks for
-OVER_HALF = SM_SHARED_MEMORY // 2 - CTA_RESERVED + 512  # what two CTAs of an SM cannot both have, in what is handed out
+OVER_HALF = SHARED_PER_SM // 2 - SHARED_RESERVED + 512  # what two CTAs of an SM cannot both have, in what is handed out
 
 
 def usable_sms(sms: int, cluster: int) -> int:
@@ -72,7 +70,7 @@ def shared_memory(needed: int, one_per_sm: bool, every_sm: bool, stream: int) ->
     """
     found = needed
     if one_per_sm:
-        beside = _last.stream == stream and 0 < _last.shared_memory <= SM_SHARED_MEMORY - 2 * CTA_RESERVED - needed
+        beside = _last.stream == stream and 0 < _last.shared_memory <= SHARED_PER_SM - 2 * SHARED_RESERVED - needed
         found = needed if beside else max(needed, OVER_HALF)
     _last.stream, _last.shared_memory = stream, found if every_sm else 0
     return found

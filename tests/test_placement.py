@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 
 from machete_aot import placement
-from machete_aot.config import ScheduleConfig, TileConfig
+from machete_aot.config import SHARED_PER_SM, SHARED_RESERVED, ScheduleConfig, TileConfig
 from machete_aot.launch import LaunchPlan, Shape, make_plan
 from machete_aot.manifest import KernelInfo
-from machete_aot.placement import CTA_RESERVED, OVER_HALF, SM_SHARED_MEMORY
+from machete_aot.placement import OVER_HALF
 from stub.bundles import BF16, FLAT, NARROW, WIDE, make_bundle, schedule
 
 BUNDLE = make_bundle()
-ROOM = SM_SHARED_MEMORY - 2 * CTA_RESERVED  # of two CTAs on an SM
+ROOM = SHARED_PER_SM - 2 * SHARED_RESERVED  # of two CTAs on an SM
 
 
 @pytest.fixture(autouse=True)
