@@ -155,7 +155,7 @@ static int check_plan(const machete_loader_plan* p) {
   const GemmParams* g = &p->params;
   const int32_t known = FLAG_ACTS_2D | FLAG_INTEGER_ZEROS | FLAG_OUT_FP32 | FLAG_OUT_BF16 | FLAG_OUT_FP16 | FLAG_SWIGLU;
   good &= g->m > 0 && g->n > 0 && g->k > 0 && g->group_blocks > 0 && g->scale_stride >= 0 && g->zero_stride >= 0;
-  good &= g->out_stride >= 0 && g->row_tiles >= 0 && g->token_tiles >= 0 && g->steps >= 0 && g->even_tiles >= 0;
+  good &= g->out_stride >= 0 && g->row_tiles > 0 && g->token_tiles > 0 && g->steps >= 0 && g->even_tiles >= 0;
   good &= g->share_steps >= 0 && g->longer_shares >= 0 && g->late_steps >= 0 && !(g->flags & ~known);
   good &= !(g->flags & FLAG_ACTS_2D) == (p->rank == 3);
   return good ? MACHETE_LOADER_OK : MACHETE_LOADER_BAD_PLAN;

@@ -47,8 +47,15 @@ static machete_loader_plan plan_of(int32_t m) {
       .box = {64, 8, 4},
       .dims = {64, (uint64_t)m, 64},
       .strides = {8192, 128},
-      .params =
-          {.m = m, .n = 4096, .k = 4096, .scale_stride = 4096, .out_stride = 4096, .group_blocks = 4, .steps = 16},
+      .params = {.m = m,
+                 .n = 4096,
+                 .k = 4096,
+                 .scale_stride = 4096,
+                 .out_stride = 4096,
+                 .group_blocks = 4,
+                 .row_tiles = 32,
+                 .token_tiles = (m + 7) / 8,
+                 .steps = 16},
   };
 }
 
@@ -118,6 +125,9 @@ static void check_refusals(void) {
   CHECK(machete_loader_launch(&call) == MACHETE_LOADER_BAD_PLAN);
   plan.options = MACHETE_LOADER_ONE_PER_SM;
   CHECK(machete_loader_launch(&call) == MACHETE_LOADER_OK);
+  plan.params.row_tiles = 0;  // padding reads the weights of one of them
+  CHECK(machete_loader_launch(&call) == MACHETE_LOADER_BAD_PLAN);
+  plan.params.row_tiles = 32;
   plan.workspace = 1024;
   CHECK(machete_loader_launch(&call) == MACHETE_LOADER_NO_ADDRESS);
   plan.abi = 1;
