@@ -141,10 +141,11 @@ def test_unpacking_something_else() -> None:
             unpack(W_Q, u4b8, 16, 64)
 
 
-# Scratch of the largest weight of a 70B model's layers, by what the operating system counts. The second run, in one
-# chunk, shows that the measurement sees what is allocated.
+# Scratch of the largest weight of a 70B model's layers, by what the operating system counts of this program alone:
+# getrusage's maximum would begin with that of the process which started it. The second run, in one chunk, shows that
+# the measurement sees what is allocated.
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
 from machete_aot import prepack
 from machete_aot.scalar_type import u4b8
 torch.set_num_threads(2)
@@ -152,13 +153,12 @@ prepack.unpack_b(prepack.prepack_b(torch.zeros(8, 64, dtype=torch.int32), u4b8),
 w_q = torch.ones(8192 // 8, 57344, dtype=torch.int32)
 if len(sys.argv) > 1:
     prepack.CHUNK_BYTES = int(sys.argv[1])
-def resident():
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * resource.getpagesize()
-before = resident()
+def resident(name):
+    with open("/proc/self/status") as f:
+        return int(re.search(name + r":\\s+(\\d+) kB", f.read())[1]) * 1024
+before = resident("VmRSS")
 packed = prepack.prepack_b(w_q, u4b8)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak - before - packed.nbytes)
+print(resident("VmHWM") - before - packed.nbytes)
 """
 
 
