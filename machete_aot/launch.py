@@ -102,7 +102,8 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
     ctas = shares.clusters * tile.cluster
     grid = (ctas, 1, 1) if ctas else _grid(tile, split, (m, n, k), sms)
     cluster = max(split, 1) * tile.cluster  # one of the two is 1
-    one_per_sm = grid[0] * grid[1] <= placement.usable_sms(sms, cluster)
+    launched = grid[0] * grid[1]
+    one_per_sm = launched <= placement.usable_sms(sms, cluster)
     return LaunchPlan(
         kernel_id=kernel.id,
         grid=grid,
@@ -110,7 +111,7 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
         cluster=(cluster, 1, 1),
         shared_memory=tile.shared_memory(split, kernel.types),
         one_per_sm=one_per_sm,
-        every_sm=grid[0] * grid[1] == sms and one_per_sm,
+        every_sm=one_per_sm and launched == sms,
         workspace=tile.workspace(ctas) if shares.tiles else 0,
         acts=acts,
         params={
@@ -207,7 +208,7 @@ def launch(
     """
     native = loader.active()
     if native is not None:
-        where = (plan.native.address, int(kernel.handle), operands, workspace, stream, 0)
+        where = (plan.native.address, int(kernel.handle), operands, workspace, stream, int(kernel.device.context))
         code = native.launch(loader.pack_call(*where, overlap))
         if code:
             native.fail(code, plan, operands.acts)
@@ -216,7 +217,9 @@ def launch(
     config = driver.api().CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid
     config.blockDimX, config.blockDimY, config.blockDimZ = plan.block
-    config.sharedMemBytes = placement.shared_memory(plan.shared_memory, plan.one_per_sm, plan.every_sm, stream)
+    config.sharedMemBytes = placement.shared_memory(
+        plan.shared_memory, plan.one_per_sm, plan.every_sm, (kernel.device.index, stream)
+    )
     config.hStream = stream
     attributes = _attributes(plan.cluster, overlap)
     if attributes:

@@ -54,23 +54,24 @@ def late_steps(tile: TileConfig, split: int, k: int, one_per_sm: bool) -> int:
 
 
 class _Last(threading.local):
-    """The last launch of this thread: its stream, and the shared memory of each CTA if every SM has one, else 0."""
+    """The last launch of this thread: device and stream, and shared memory of each CTA if every SM has one, else 0."""
 
-    stream = 0
+    place = (-1, 0)
     shared_memory = 0
 
 
 _last = _Last()
 
 
-def shared_memory(needed: int, one_per_sm: bool, every_sm: bool, stream: int) -> int:
+def shared_memory(needed: int, one_per_sm: bool, every_sm: bool, place: tuple[int, int]) -> int:
     """The dynamic shared memory that the next launch of this thread asks for: ``needed``, or more.
 
-    ``one_per_sm``: no SM is to have two of its CTAs; ``every_sm``: each has one.
+    ``one_per_sm``: no SM is to have two of its CTAs; ``every_sm``: each has one. ``place``: device and stream, since
+    every device has a default stream of the same address.
     """
     found = needed
     if one_per_sm:
-        beside = _last.stream == stream and 0 < _last.shared_memory <= SHARED_PER_SM - 2 * SHARED_RESERVED - needed
+        beside = _last.place == place and 0 < _last.shared_memory <= SHARED_PER_SM - 2 * SHARED_RESERVED - needed
         found = needed if beside else max(needed, OVER_HALF)
-    _last.stream, _last.shared_memory = stream, found if every_sm else 0
+    _last.place, _last.shared_memory = place, found if every_sm else 0
     return found

@@ -148,10 +148,10 @@ def test_what_both_ways_launch_is_what_is_meant(stub: Stub) -> None:
 
 @stubbed
 def test_both_ways_ask_for_the_same_shared_memory(stub: Stub) -> None:
-    """Of launches in a row on two streams and two threads, at random."""
-    names = [name for name in LAUNCHES if name != "code of zero"] + ["every SM"]
+    """Of launches in a row on two streams, two devices and two threads, at random."""
+    stub.set(devices=2)
     known = LAUNCHES | {"every SM": (BF16, schedule(NARROW, 2), shape(5, 8192, 4096), OPERANDS, True)}
-    chosen = random.Random(5).choices(names, weights=[1] * (len(names) - 1) + [len(names)], k=400)
+    chosen = random.Random(5).choices([*known], weights=[1] * len(LAUNCHES) + [len(known)], k=400)
 
     def asked(native: bool) -> list[int]:
         use(native)
@@ -159,12 +159,12 @@ def test_both_ways_ask_for_the_same_shared_memory(stub: Stub) -> None:
         before = len(stub.launches)
 
         def run(part: list[str]) -> None:
-            streams = random.Random(6)
+            places = random.Random(6)
             for name in part:
-                types, schedule, sizes, operands, overlap = known[name]
-                with driver.current(driver.device(0)):
-                    stream = STREAM + streams.randrange(4) // 3
-                    multiply(BUNDLE, types, sizes, schedule, operands, 0, stream, overlap, lambda size: WORKSPACE)
+                types, its, sizes, operands, overlap = known[name]
+                index, stream = places.randrange(8) // 7, STREAM + places.randrange(4) // 3
+                with driver.current(driver.device(index)):
+                    multiply(BUNDLE, types, sizes, its, operands, index, stream, overlap, lambda size: WORKSPACE)
 
         for part in (chosen[:200], chosen[200:]):
             thread = threading.Thread(target=run, args=(part,))

@@ -18,6 +18,7 @@ from stub.bundles import BF16, FLAT, NARROW, WIDE, make_bundle, schedule
 
 BUNDLE = make_bundle()
 ROOM = SHARED_PER_SM - 2 * SHARED_RESERVED  # of two CTAs on an SM
+HERE = (0, 1)  # device and stream
 
 
 @pytest.fixture(autouse=True)
@@ -131,30 +132,31 @@ def test_two_ctas_of_over_half_do_not_fit() -> None:
             assert found.tile.shared_memory(2, BF16) <= 112 * 1024
 
 
-def asked(*launches: tuple[int, bool, bool, int]) -> list[int]:
+def asked(*launches: tuple[int, bool, bool, tuple[int, int]]) -> list[int]:
     return [placement.shared_memory(*launch) for launch in launches]
 
 
 def test_over_half_unless_every_sm_has_the_same_room() -> None:
-    one = (100_000, True, True, 1)
+    one = (100_000, True, True, HERE)
     assert asked(one, one, one) == [OVER_HALF, 100_000, 100_000]
-    assert asked((100_000, False, False, 1), one, one) == [100_000, OVER_HALF, 100_000]
-    few = (100_000, True, False, 1)  # leaves some SMs empty
+    assert asked((100_000, False, False, HERE), one, one) == [100_000, OVER_HALF, 100_000]
+    few = (100_000, True, False, HERE)  # leaves some SMs empty
     assert asked(few, few, one, few, one) == [100_000, OVER_HALF, OVER_HALF, 100_000, OVER_HALF]
-    other = (100_000, True, True, 2)  # on another stream
-    assert asked(other, one, one, other) == [OVER_HALF, OVER_HALF, 100_000, OVER_HALF]
+    for elsewhere in ((0, 2), (1, 1)):  # another stream, another device's stream of the same address
+        other = (100_000, True, True, elsewhere)
+        assert asked(other, one, one, other) == [OVER_HALF, OVER_HALF, 100_000, OVER_HALF]
 
 
 def test_a_launch_that_has_no_room_beside_the_last() -> None:
-    large, small = (150_000, True, True, 1), (ROOM - 150_000, True, True, 1)
+    large, small = (150_000, True, True, HERE), (ROOM - 150_000, True, True, HERE)
     assert asked(large, small, small) == [150_000, ROOM - 150_000, ROOM - 150_000]
-    more = (ROOM - 150_000 + 1, True, True, 1)
+    more = (ROOM - 150_000 + 1, True, True, HERE)
     assert asked(large, more) == [150_000, OVER_HALF]
     assert asked(large, large) == [150_000, 150_000]
 
 
 def test_threads_have_launched_nothing_of_each_other() -> None:
-    one, found = (100_000, True, True, 1), []
+    one, found = (100_000, True, True, HERE), []
     assert asked(one, one) == [OVER_HALF, 100_000]
     thread = threading.Thread(target=lambda: found.extend(asked(one, one)))
     thread.start()

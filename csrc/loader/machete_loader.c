@@ -76,9 +76,10 @@ typedef struct map_set {
 } map_set;
 static _Thread_local map_set cache[SETS];
 
-// The last launch of this thread: its stream, and the shared memory of each CTA if every SM has one, else 0.
+// The last launch of this thread: context and stream (every device has a default stream of the same address), and the
+// shared memory of each CTA if every SM has one, else 0.
 static _Thread_local struct {
-  void* stream;
+  void *context, *stream;
   uint32_t shared_memory;
 } last;
 
@@ -216,14 +217,15 @@ static int tensor_map(const machete_loader_plan* p, const void* address, void** 
 
 // What the launch asks for: what the kernel needs, or more, see MACHETE_LOADER_ONE_PER_SM. machete_aot/placement.py
 // says why.
-static uint32_t shared_memory(const machete_loader_plan* p, void* stream) {
+static uint32_t shared_memory(const machete_loader_call* c, const machete_loader_plan* p) {
   uint32_t bytes = p->shared_memory;
   if (p->options & MACHETE_LOADER_ONE_PER_SM) {
-    const uint32_t beside = last.stream == stream ? last.shared_memory : 0;
+    const uint32_t beside = last.context == c->context && last.stream == c->stream ? last.shared_memory : 0;
     const bool fits = beside && beside + bytes + 2 * CTA_RESERVED <= SM_SHARED;
     if (!fits && bytes < OVER_HALF) bytes = OVER_HALF;
   }
-  last.stream = stream;
+  last.context = c->context;
+  last.stream = c->stream;
   last.shared_memory = p->options & MACHETE_LOADER_EVERY_SM ? bytes : 0;
   return bytes;
 }
@@ -244,7 +246,7 @@ static int launch(const machete_loader_call* c, const machete_loader_plan* p) {
   params.token = atomic_fetch_add_explicit(&next_token, 1, memory_order_relaxed);
   if (p->options & MACHETE_LOADER_PAIRS && (uintptr_t)c->out % 4 == 0) params.flags |= FLAG_STORE_PAIRS;
   launch_attribute attributes[2] = {{0}};
-  launch_config config = {.shared_memory = shared_memory(p, c->stream), .stream = c->stream, .attributes = attributes};
+  launch_config config = {.shared_memory = shared_memory(c, p), .stream = c->stream, .attributes = attributes};
   memcpy(config.grid, p->grid, sizeof config.grid);
   memcpy(config.block, p->block, sizeof config.block);
   if (p->cluster[0] != 1 || p->cluster[1] != 1 || p->cluster[2] != 1) {

@@ -50,7 +50,8 @@ typedef enum machete_loader_status {
 enum {
   MACHETE_LOADER_PAIRS = 1,       // set FLAG_STORE_PAIRS where the address of the output is a multiple of 4
   MACHETE_LOADER_ONE_PER_SM = 2,  // no SM is to have two of the CTAs: ask for over half of its shared memory, unless
-                                  // the thread's last launch, on the same stream, leaves the same room on every SM
+                                  // the thread's last launch, on the same stream and with the same context in its
+                                  // call, leaves the same room on every SM
   MACHETE_LOADER_EVERY_SM = 4,    // with the above: every SM has one
 };
 
