@@ -19,8 +19,8 @@ from . import abi, catalogue_page, diff, plan, shards
 from .catalogue import specializations, typed_schedules
 from .check import check_kernels
 from .compile import compile_kernels
-from .configs import Specialization
 from .errors import BuildError, ToolchainError
+from .helpers import HELPERS, Target
 from .paths import BUILD, RACECHECK
 from .release import release
 from .reproduce import reproduce
@@ -136,8 +136,13 @@ def _positive(text: str) -> int:
     return value
 
 
-def _chosen(pattern: str | None) -> tuple[Specialization, ...]:
-    kernels = specializations()
+def _everything() -> tuple[Target, ...]:
+    """All that is compiled."""
+    return (*specializations(), *HELPERS)
+
+
+def _chosen(pattern: str | None) -> tuple[Target, ...]:
+    kernels = _everything()
     if pattern is None:
         return kernels
     found = tuple(k for k in kernels if pattern in k.id or fnmatch.fnmatchcase(k.id, pattern))
@@ -147,7 +152,7 @@ def _chosen(pattern: str | None) -> tuple[Specialization, ...]:
 
 
 def _build(options: argparse.Namespace) -> None:
-    kernels = _chosen(options.only) if options.shard is None else options.shard.choose(specializations())
+    kernels = _chosen(options.only) if options.shard is None else options.shard.choose(_everything())
     if options.shard is not None:
         shards.forget_shard(options.shard, BUILD)
     if not abi.header_is_current():
@@ -176,7 +181,7 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _pack_from(folder: Path, options: argparse.Namespace) -> None:
-    reports = check_kernels(specializations(), folder, jobs=options.jobs)
+    reports = check_kernels(_everything(), folder, jobs=options.jobs)
     path = release(reports, folder, allow_unfitted=options.allow_unfitted)
     page = catalogue_page.write_page(diff.open_named(str(path)))
     print(f"{len(reports)} kernels pass their checks; wrote {path}, {path.stat().st_size} bytes, and {page}")
@@ -184,7 +189,7 @@ def _pack_from(folder: Path, options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="machete-aot-") as folder:
-        shards.merge_shards(options.folders, specializations(), Path(folder))
+        shards.merge_shards(options.folders, _everything(), Path(folder))
         _pack_from(Path(folder), options)
 
 
@@ -217,7 +222,7 @@ def _catalogue(options: argparse.Namespace) -> None:
 
 def _racecheck(options: argparse.Namespace) -> None:
     """See csrc/kernels/ring.cuh, ARRIVALS, and docs/sanitizer.md."""
-    kernels = specializations()
+    kernels = _everything()
     compile_kernels(kernels, RACECHECK, jobs=options.jobs, defines=("MACHETE_RACECHECK",))
     reports = check_kernels(kernels, RACECHECK, jobs=options.jobs, lenient=True)
     path = release(reports, RACECHECK, allow_unfitted=True, data=RACECHECK, manifests=RACECHECK)

@@ -22,8 +22,9 @@ What the embedded bundle `{arch}` of version {version} holds, as its manifest sa
 writes this page: edit `build_kernels/catalogue.py` and build instead. [architecture.md](architecture.md) explains tiles
 and schedules.
 
-{kernels} kernels of {types} types and {tiles} tiles; {schedules} schedules. "k a step" is what a ring stage holds,
-"shared memory" the bytes that the largest schedule asks for, "registers" those of a thread when the kernel starts.
+{kernels} kernels of {types} types and {tiles} tiles; {schedules} schedules; helpers: {helpers}. "k a step" is what a
+ring stage holds, "shared memory" the bytes that the largest schedule asks for, "registers" those of a thread when the
+kernel starts.
 
 """
 
@@ -43,13 +44,14 @@ def render_page(bundle: Bundle) -> str:
         types=len(manifest.types),
         tiles=len({k.tile for k in manifest.kernels}),
         schedules=len(manifest.schedules),
+        helpers=len(manifest.helpers),
     )
     groups = _groups(manifest)
     parts = [_types(manifest)]
     for name in dict.fromkeys(t.family for group in groups for t in _tiles(manifest, group)):
         parts.append(f"## Family `{name}`\nA schedule's name is the tile's with one of the endings.\n")
         parts += [_family(manifest, name, group) for group in groups]
-    parts.append(_BYTES)
+    parts += [_helpers(manifest), _BYTES]
     parts += [_bytes(manifest, group) for group in groups]
     return head + "\n".join([*parts, _totals(bundle)])
 
@@ -110,6 +112,15 @@ def _family(manifest: Manifest, family: str, group: Sequence[TypeConfig]) -> str
     return _table((*head, *(f"registers, `{t.name}`" for t in group), "schedules"), rows)
 
 
+def _helpers(manifest: Manifest) -> str:
+    head = ("kernel", "threads", "registers", "frame", "cubin")
+    rows = [
+        (f"`{h.id}`", f"{h.threads}", f"{h.registers}", f"{h.frame.length:,}", f"{h.cubin.size:,}")
+        for h in manifest.helpers
+    ]
+    return "## Helpers\nKernels that compute no product. Threads: the most of a CTA.\n" + _table(head, rows)
+
+
 def _bytes(manifest: Manifest, group: Sequence[TypeConfig]) -> str:
     """Of each kernel its frame in the bundle, and the cubin that it decompresses to."""
     head = ["tile", *(f"{what}, `{t.name}`" for t in group for what in ("frame", "cubin"))]
@@ -124,8 +135,8 @@ def _bytes(manifest: Manifest, group: Sequence[TypeConfig]) -> str:
 def _totals(bundle: Bundle) -> str:
     manifest = bundle.manifest
     rows = [
-        ("frames", f"{sum(k.frame.length for k in manifest.kernels):,}"),
-        ("cubins", f"{sum(k.cubin.size for k in manifest.kernels):,}"),
+        ("frames", f"{sum(k.frame.length for k in manifest.compiled):,}"),
+        ("cubins", f"{sum(k.cubin.size for k in manifest.compiled):,}"),
         ("dictionary", f"{manifest.dictionary.length:,}"),
         ("bundle", f"{bundle.size:,}"),
     ]

@@ -16,6 +16,7 @@ from machete_aot.config import SHARED_PER_SM, SHARED_RESERVED, WARPGROUP, TileCo
 from .configs import Specialization
 from .elf import Cubin, read_cubin
 from .errors import BuildError
+from .helpers import Helper, Target
 from .paths import BUILD
 from .toolchain import find_disassembler
 
@@ -143,7 +144,7 @@ def shared_memory_problems(kernel: Specialization, static: int = 0) -> Iterator[
             yield f"split {split}: {tile.ctas_per_sm} CTAs an SM need {resident} bytes of it, limit {SHARED_PER_SM}"
 
 
-def check_kernel(kernel: Specialization, folder: Path = BUILD) -> tuple[Report, list[str]]:
+def check_kernel(kernel: Target, folder: Path = BUILD) -> tuple[Report, list[str]]:
     """Checks ``<id>.cubin`` and ``<id>.log`` in ``folder``; the list holds every problem found."""
     path = folder / f"{kernel.id}.cubin"
     log = parse_log((folder / f"{kernel.id}.log").read_text())
@@ -151,17 +152,22 @@ def check_kernel(kernel: Specialization, folder: Path = BUILD) -> tuple[Report, 
         cubin = read_cubin(path.read_bytes())
     except ValueError as e:
         return Report(0, 0, 0), [str(e)]
-    problems = [
-        *_log_problems(log),
-        *_cubin_problems(kernel, cubin),
-        *_instruction_problems(kernel, cubin.registers, disassemble(path)),
-        *shared_memory_problems(kernel, log.static_shared_memory),
-    ]
+    if isinstance(kernel, Helper):
+        limits = kernel.threads, kernel.ctas_per_sm
+        problems = [*_log_problems(log), *_cubin_problems(kernel.symbol, kernel.parameters, *limits, cubin)]
+    else:
+        limits = kernel.tile.threads, kernel.tile.ctas_per_sm
+        problems = [
+            *_log_problems(log),
+            *_cubin_problems(kernel.symbol, PARAMETERS, *limits, cubin),
+            *_instruction_problems(kernel, cubin.registers, disassemble(path)),
+            *shared_memory_problems(kernel, log.static_shared_memory),
+        ]
     return Report(cubin.registers, log.spills, log.static_shared_memory), problems
 
 
 def check_kernels(
-    kernels: Sequence[Specialization], folder: Path = BUILD, jobs: int | None = None, *, lenient: bool = False
+    kernels: Sequence[Target], folder: Path = BUILD, jobs: int | None = None, *, lenient: bool = False
 ) -> dict[str, Report]:
     """The report of each kernel by id. Raises BuildError that lists every problem of every kernel.
 
@@ -187,21 +193,23 @@ def _log_problems(log: Log) -> Iterator[str]:
         yield f"ptxas says: {remark}"
 
 
-def _cubin_problems(kernel: Specialization, cubin: Cubin) -> Iterator[str]:
+def _cubin_problems(
+    symbol: str, parameters: tuple[tuple[int, int], ...], threads: int, ctas_per_sm: int, cubin: Cubin
+) -> Iterator[str]:
     if cubin.abi != ELF_ABI:
         yield f"ELF ABI {cubin.abi}, wanted {ELF_ABI}"
-    if cubin.entries != (kernel.symbol,):
-        yield f"entries {', '.join(cubin.entries) or 'none'}, wanted {kernel.symbol} alone"
+    if cubin.entries != (symbol,):
+        yield f"entries {', '.join(cubin.entries) or 'none'}, wanted {symbol} alone"
         return
-    if cubin.parameters != PARAMETERS:
-        yield f"parameters {cubin.parameters}, wanted {PARAMETERS} (machete_aot/abi.py)"
-    if cubin.max_threads != kernel.tile.threads:
-        yield f"launch bound of {cubin.max_threads} threads, wanted {kernel.tile.threads}"
+    if cubin.parameters != parameters:
+        yield f"parameters {cubin.parameters}, wanted {parameters} (machete_aot/abi.py, permute_abi.py)"
+    if cubin.max_threads != threads:
+        yield f"launch bound of {cubin.max_threads} threads, wanted {threads}"
     if cubin.frame:
         yield f"a stack frame of {cubin.frame} bytes"
-    limit = register_limit(kernel.tile.threads, kernel.tile.ctas_per_sm)
+    limit = register_limit(threads, ctas_per_sm)
     if not 0 < cubin.registers <= limit:
-        yield f"{cubin.registers} registers a thread, limit {limit} for {kernel.tile.ctas_per_sm} CTAs per SM"
+        yield f"{cubin.registers} registers a thread, limit {limit} for {ctas_per_sm} CTAs per SM"
 
 
 def _instruction_problems(kernel: Specialization, registers: int, found: Instructions) -> Iterator[str]:

@@ -16,9 +16,9 @@ from pathlib import Path
 import ninja
 
 from . import ptx
-from .configs import Specialization
 from .errors import BuildError
 from .generate import generate
+from .helpers import Target
 from .paths import BUILD, KERNELS, TEMPLATES
 from .toolchain import NVCC_FLAGS, PTXAS_FLAGS, Tools, find_tools
 
@@ -48,7 +48,7 @@ build {id}.cubin | {id}.log: cubin {id}.ptx
 
 
 def compile_kernels(
-    kernels: Sequence[Specialization],
+    kernels: Sequence[Target],
     folder: Path = BUILD,
     *,
     jobs: int | None = None,

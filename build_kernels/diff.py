@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between two bundles: kernels, schedules, the cost model's data, and whether the new one is qualified.
 
+Helpers count among the kernels.
+
 For the maintainers' eyes: a bundle's frames are checked against its manifest, but nothing says whom that is from.
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 
 from machete_aot.bundle import Bundle, MemoryData, manifest_in, read_file
 from machete_aot.decode import parse_json
-from machete_aot.manifest import KernelInfo, Manifest, parse_manifest
+from machete_aot.manifest import HelperInfo, KernelInfo, Manifest, parse_manifest
 from machete_aot.manifest_rules import MAX_MANIFEST_BYTES, SCHEMA
 from machete_aot.record import check_record
 
@@ -81,7 +83,7 @@ def compare(old: Bundle, new: Bundle, records: Path = _RECORDS) -> Difference:
         old,
         new,
         identical=old.manifest_sha256 == new.manifest_sha256,
-        kernels=_changes(*({k.id: _content(k) for k in m.kernels} for m in (a, b))),
+        kernels=_changes(*({k.id: _content(k) for k in m.compiled} for m in (a, b))),
         schedules=_changes(*({s.name: s for s in m.schedules} for m in (a, b))),
         heuristic=_changes(*({t.device: t for t in m.heuristic.tables} for m in (a, b))),
         other=tuple(name for name in _OTHER if getattr(a, name) != getattr(b, name)),
@@ -91,7 +93,7 @@ def compare(old: Bundle, new: Bundle, records: Path = _RECORDS) -> Difference:
 
 def as_json(found: Difference) -> dict[str, Any]:
     """The difference as plain JSON values; of each kernel that differs what both bundles say of it."""
-    old, new = ({k.id: _figures(k) for k in bundle.manifest.kernels} for bundle in (found.old, found.new))
+    old, new = ({k.id: _figures(k) for k in bundle.manifest.compiled} for bundle in (found.old, found.new))
     names = (*found.kernels.added, *found.kernels.removed, *found.kernels.changed)
     values: dict[str, Any] = json.loads(
         json.dumps(
@@ -118,7 +120,7 @@ def as_text(found: Difference) -> str:
         title = _title(bundle)
         lines.append(f"{sign}: {title['origin']}, {title['version']} {title['arch']}, {title['bytes']:,} bytes")
         lines.append(f"     manifest sha256 {title['manifest_sha256']}")
-    lines += _section("kernels", found.kernels, len(found.new.manifest.kernels), _kernel_lines(found))
+    lines += _section("kernels", found.kernels, len(found.new.manifest.compiled), _kernel_lines(found))
     lines += _section("schedules", found.schedules, len(found.new.manifest.schedules), {})
     lines += _section("heuristic tables", found.heuristic, len(found.new.manifest.heuristic.tables), {})
     lines += [f"{name}: differs" for name in found.other]
@@ -175,11 +177,11 @@ def _changes(old: Mapping[str, object], new: Mapping[str, object]) -> Changes:
     )
 
 
-def _content(kernel: KernelInfo) -> dict[str, Any]:
+def _content(kernel: KernelInfo | HelperInfo) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(kernel).items() if name != "frame"}
 
 
-def _figures(kernel: KernelInfo) -> dict[str, Any]:
+def _figures(kernel: KernelInfo | HelperInfo) -> dict[str, Any]:
     facts = {name: getattr(kernel, name) for name in _FACTS}
     return facts | {
         "cubin_bytes": kernel.cubin.size,

@@ -23,6 +23,7 @@ from machete_aot.manifest import (
     CubinInfo,
     DictionaryInfo,
     FrameInfo,
+    HelperInfo,
     Heuristic,
     KernelInfo,
     LayoutInfo,
@@ -36,6 +37,7 @@ from machete_aot.manifest_rules import SCHEMA
 
 from .check import ELF_ABI, Report
 from .configs import Specialization
+from .helpers import Helper
 
 NAME = "machete-aot"
 COMPUTE_CAPABILITY = (9, 0)
@@ -54,6 +56,15 @@ class Product:
 
 
 @dataclass(frozen=True)
+class HelperProduct:
+    """A helper as it goes into the bundle."""
+
+    helper: Helper
+    report: Report
+    cubin: bytes
+
+
+@dataclass(frozen=True)
 class Release:
     """Everything of the manifest that does not follow from the cubins. ``served``: schedules and their types."""
 
@@ -65,13 +76,17 @@ class Release:
     heuristic: Heuristic
 
 
-def write_bundle(products: Sequence[Product], release: Release) -> tuple[bytes, bytes]:
+def write_bundle(
+    products: Sequence[Product], release: Release, helpers: Sequence[HelperProduct] = ()
+) -> tuple[bytes, bytes]:
     """The bundle's bytes and its manifest's, which are the last entry of the bundle."""
     products = sorted(products, key=lambda p: p.kernel.id)
+    helpers = sorted(helpers, key=lambda h: h.helper.id)
     raw = build_dictionary({p.kernel.id: p.cubin for p in products})
     files = [(DICTIONARY_NAME, _compress(raw, None))]
     dictionary = zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     files += [(frame_name(p.kernel.id), _compress(p.cubin, dictionary)) for p in products]
+    files += [(frame_name(h.helper.id), _compress(h.cubin, dictionary)) for h in helpers]
     spans = _spans(files)
     manifest = Manifest(
         schema=SCHEMA,
@@ -84,7 +99,8 @@ def write_bundle(products: Sequence[Product], release: Release) -> tuple[bytes, 
         dictionary=DictionaryInfo(
             spans[0].offset, spans[0].length, spans[0].sha256, raw_size=len(raw), raw_sha256=_sha256(raw)
         ),
-        kernels=tuple(_kernel(p, span) for p, span in zip(products, spans[1:], strict=True)),
+        kernels=tuple(_kernel(p, span) for p, span in zip(products, spans[1 : 1 + len(products)], strict=True)),
+        helpers=tuple(_helper(h, span) for h, span in zip(helpers, spans[1 + len(products) :], strict=True)),
         schedules=_schedules(served(products, release.served)),
         heuristic=release.heuristic,
     )
@@ -123,6 +139,20 @@ def _kernel(product: Product, frame: FrameInfo) -> KernelInfo:
         types=kernel.types,
         tile=kernel.tile,
         threads=kernel.tile.threads,
+        registers=report.registers,
+        spills=report.spills,
+        static_shared_memory=report.static_shared_memory,
+        frame=frame,
+        cubin=CubinInfo(len(product.cubin), _sha256(product.cubin)),
+    )
+
+
+def _helper(product: HelperProduct, frame: FrameInfo) -> HelperInfo:
+    helper, report = product.helper, product.report
+    return HelperInfo(
+        id=helper.id,
+        symbol=helper.symbol,
+        threads=helper.threads,
         registers=report.registers,
         spills=report.spills,
         static_shared_memory=report.static_shared_memory,

@@ -15,9 +15,9 @@ import ninja
 from machete_aot.config import ScheduleConfig, TypeConfig
 
 from .compile import render_graph
-from .configs import Specialization
 from .errors import BuildError
 from .generate import render
+from .helpers import Helper, Target
 from .paths import BUILD, KERNELS, TEMPLATES
 from .toolchain import Tools
 
@@ -31,7 +31,7 @@ _MARK = "would run: "  # begins the lines of ninja that name a step
 class Plan:
     """``kernels`` in the order of the catalogue, and the ids of those that are not up to date."""
 
-    kernels: tuple[Specialization, ...]
+    kernels: tuple[Target, ...]
     outdated: frozenset[str]
 
     def seconds(self, jobs: int) -> float:
@@ -41,7 +41,7 @@ class Plan:
 
 
 def make_plan(
-    kernels: Sequence[Specialization],
+    kernels: Sequence[Target],
     tools: Tools,
     folder: Path = BUILD,
     *,
@@ -58,7 +58,7 @@ def make_plan(
     return Plan(tuple(kernels), frozenset({k.id for k in kernels} - set(generated) | pending))
 
 
-def _is_generated(kernel: Specialization, folder: Path, templates: Path) -> bool:
+def _is_generated(kernel: Target, folder: Path, templates: Path) -> bool:
     path = folder / f"{kernel.id}.cu"
     return path.is_file() and path.read_text() == render(kernel, templates)
 
@@ -81,11 +81,17 @@ def _pending(ids: Sequence[str], graph: str, folder: Path) -> set[str]:
     return found
 
 
-def table(kernels: Sequence[Specialization], served: Sequence[tuple[TypeConfig, ScheduleConfig]]) -> str:
-    """A line a kernel: id, threads, dynamic shared memory of its largest split in bytes, names of its schedules."""
+def table(kernels: Sequence[Target], served: Sequence[tuple[TypeConfig, ScheduleConfig]]) -> str:
+    """A line a kernel: id, threads, dynamic shared memory of its largest split in bytes, names of its schedules.
+
+    Of a helper only the first two: it has no schedules, and takes as much shared memory as its operands need.
+    """
     width = max((len(k.id) for k in kernels), default=0)
     lines = [f"{'kernel':<{width}}  threads  shared memory  schedules"]
     for kernel in kernels:
+        if isinstance(kernel, Helper):
+            lines.append(f"{kernel.id:<{width}}  {kernel.threads:>7}")
+            continue
         shared = max(kernel.tile.shared_memory(split, kernel.types) for split in kernel.splits)
         mine = (s for types, s in served if (types, s.tile) == (kernel.types, kernel.tile))
         endings = [s.name.removeprefix(f"{s.tile.name}_") for s in mine]

@@ -15,8 +15,9 @@ from machete_aot.version import __version__
 
 from .catalogue import ARCH, specializations, typed_schedules
 from .check import Report
+from .helpers import HELPERS
 from .heuristic import fitted_to, read_heuristic
-from .pack import NAME, Product, Release, served, write_bundle
+from .pack import NAME, HelperProduct, Product, Release, served, write_bundle
 from .paths import BUILD, DATA, MANIFESTS
 from .sources import source_digest
 from .toolchain import CUDA_VERSION, CUTLASS_VERSION, FLAGS, PTXAS_VERSION
@@ -48,8 +49,9 @@ def release(
     """
     products = [Product(k, reports[k.id], (folder / f"{k.id}.cubin").read_bytes()) for k in specializations()]
     heuristic = fitted_to(read_heuristic(), served(products, typed_schedules()), allow_unfitted=allow_unfitted)
+    helpers = [HelperProduct(h, reports[h.id], (folder / f"{h.id}.cubin").read_bytes()) for h in HELPERS]
     bundle, manifest = write_bundle(
-        products, Release(__version__, ARCH, toolchain(), source_digest(), typed_schedules(), heuristic)
+        products, Release(__version__, ARCH, toolchain(), source_digest(), typed_schedules(), heuristic), helpers
     )
     data.mkdir(parents=True, exist_ok=True)
     manifests.mkdir(parents=True, exist_ok=True)

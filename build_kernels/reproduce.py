@@ -13,6 +13,7 @@ from machete_aot.bundle import Bundle
 from .catalogue import specializations
 from .compile import compile_kernels
 from .errors import BuildError
+from .helpers import HELPERS, Target
 from .release import toolchain
 from .sources import source_digest
 
@@ -27,14 +28,15 @@ def reproduce(
 ) -> list[str]:
     """Compiles ``sample`` kernels (None: all) in a fresh folder and returns their ids. BuildError on a difference."""
     manifest = bundle.manifest
-    catalogue = {k.id: k for k in specializations()}
+    targets: tuple[Target, ...] = (*specializations(), *HELPERS)
+    catalogue = {k.id: k for k in targets}
     problems = []
     if manifest.toolchain != toolchain():
         problems.append(f"compiled with {manifest.toolchain}, this checkout wants {toolchain()}")
     have = source_digest()
     if have != manifest.provenance.source_digest:
         problems.append(f"source digest {have}, the bundle was built from {manifest.provenance.source_digest}")
-    built = {k.id: k.cubin.sha256 for k in manifest.kernels}
+    built = {k.id: k.cubin.sha256 for k in manifest.compiled}
     problems += [f"{name}: in the catalogue, not in the bundle" for name in sorted(catalogue.keys() - built.keys())]
     problems += [f"{name}: in the bundle, not in the catalogue" for name in sorted(built.keys() - catalogue.keys())]
     chosen = choose(sorted(catalogue.keys() & built.keys()), sample, seed)

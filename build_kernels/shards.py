@@ -19,8 +19,8 @@ from machete_aot.manifest import Toolchain
 from machete_aot.manifest_rules import MAX_MANIFEST_BYTES
 from machete_aot.publish import publish
 
-from .configs import Specialization
 from .errors import BuildError
+from .helpers import Target
 from .release import toolchain
 from .sources import source_digest
 
@@ -39,7 +39,7 @@ class Shard:
     def file(self) -> str:
         return f"shard-{self.number}-of-{self.count}.json"
 
-    def choose(self, kernels: Sequence[Specialization]) -> tuple[Specialization, ...]:
+    def choose(self, kernels: Sequence[Target]) -> tuple[Target, ...]:
         """Every ``count``-th kernel in the order of ids. Raises BuildError if there are fewer kernels than shards."""
         if self.count > len(kernels):
             raise BuildError(f"{self.count} shards of {len(kernels)} kernels; give at most {len(kernels)}")
@@ -72,7 +72,7 @@ def forget_shard(shard: Shard, folder: Path) -> None:
             path.unlink()
 
 
-def write_shard(shard: Shard, kernels: Sequence[Specialization], folder: Path) -> Path:
+def write_shard(shard: Shard, kernels: Sequence[Target], folder: Path) -> Path:
     """Writes the shard's file beside its compiled and checked ``kernels`` and returns its path."""
     names = [f"{k.id}{suffix}" for k in kernels for suffix in _SUFFIXES]
     files = {name: _sha256((folder / name).read_bytes()) for name in names}
@@ -81,7 +81,7 @@ def write_shard(shard: Shard, kernels: Sequence[Specialization], folder: Path) -
     return folder / shard.file
 
 
-def merge_shards(folders: Sequence[Path], kernels: Sequence[Specialization], target: Path) -> None:
+def merge_shards(folders: Sequence[Path], kernels: Sequence[Target], target: Path) -> None:
     """Copies the compiled ``kernels`` out of the shards' folders into ``target``.
 
     A folder may hold several shards, and a shard may be there twice. Raises BuildError that lists what is wrong: a
@@ -135,7 +135,7 @@ def _shard_problems(listings: Sequence[tuple[Path, Listing]]) -> Iterator[str]:
 
 
 def _file_problems(
-    listings: Sequence[tuple[Path, Listing]], kernels: Sequence[Specialization], contents: dict[str, bytes]
+    listings: Sequence[tuple[Path, Listing]], kernels: Sequence[Target], contents: dict[str, bytes]
 ) -> Iterator[str]:
     """``contents`` receives the files that are what their shard lists, by name."""
     digests: dict[str, set[str]] = {}

@@ -10,8 +10,8 @@ from .paths import ROOT
 
 _FOLDERS = {"csrc/kernels": "*.*", "build_kernels/templates": "*.j2"}
 _FILES = (
-    *("build_kernels/catalogue.py", "build_kernels/configs.py"),
-    *("machete_aot/abi.py", "machete_aot/config.py", "machete_aot/scalar_type.py"),
+    *("build_kernels/catalogue.py", "build_kernels/configs.py", "build_kernels/helpers.py"),
+    *("machete_aot/abi.py", "machete_aot/config.py", "machete_aot/permute_abi.py", "machete_aot/scalar_type.py"),
 )
 
 

@@ -30,7 +30,7 @@ from .errors import (
     UntrustedError,
 )
 from .layout import LAYOUTS
-from .manifest import KernelInfo, Manifest, parse_manifest
+from .manifest import HelperInfo, KernelInfo, Manifest, parse_manifest
 from .manifest_rules import MAX_BUNDLE_BYTES
 from .pinned import parse_pinned
 
@@ -40,7 +40,7 @@ _PARSED_MANIFESTS = 8
 
 
 def frame_name(kernel_id: str) -> str:
-    """The name of a kernel's frame in the bundle."""
+    """The name of the frame of a kernel, or of a helper, in the bundle."""
     return f"frames/{kernel_id}"
 
 
@@ -116,7 +116,7 @@ class Bundle:
         return self._data.size
 
     def fetch(self, kernel_ids: Sequence[str] | None = None) -> None:
-        """Brings these kernels (None: all) to this machine, if the bundle is not all here. Raises BundleError."""
+        """Brings these kernels and helpers (None: all) to this machine, where they are not. Raises BundleError."""
         self._data.fetch(list(frame_digests(self.manifest, kernel_ids)))
 
     def to_bytes(self) -> bytes:
@@ -124,7 +124,7 @@ class Bundle:
         content = self._data.whole()
         if content is None:
             self.fetch()
-            frames = [(frame_name(k.id), self._frame(k)) for k in self.manifest.kernels]
+            frames = [(frame_name(k.id), self._frame(k)) for k in self.manifest.compiled]
             content = write_archive(
                 [(DICTIONARY_NAME, self._dictionary_frame()), *frames, (MANIFEST_NAME, self.manifest_bytes)]
             )
@@ -133,11 +133,11 @@ class Bundle:
         return content
 
     def cubin(self, kernel_id: str) -> bytes:
-        """The cubin of a kernel, checked: frame digest, then decompression to the announced size, then cubin digest.
+        """The cubin of a kernel or helper, checked: frame digest, decompression to the announced size, cubin digest.
 
         Raises MissingError, TruncatedError or CorruptError.
         """
-        kernel = self.manifest.kernel(kernel_id)
+        kernel = self.manifest.named(kernel_id)
         frame = self._frame(kernel)
         cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", self.dictionary)
         _check_digest(cubin, kernel.cubin.sha256, f"the cubin of kernel {kernel_id}")
@@ -154,7 +154,7 @@ class Bundle:
         except BundleError as e:
             problems.append(e)
         dictionary_ok = not problems
-        for kernel in self.manifest.kernels:
+        for kernel in self.manifest.compiled:
             try:
                 if dictionary_ok:
                     self.cubin(kernel.id)
@@ -179,18 +179,18 @@ class Bundle:
         _check_digest(frame, info.sha256, "the dictionary's frame")
         return frame
 
-    def _frame(self, kernel: KernelInfo) -> bytes:
+    def _frame(self, kernel: KernelInfo | HelperInfo) -> bytes:
         frame = self._data.read(kernel.frame.offset, kernel.frame.length)
         _check_digest(frame, kernel.frame.sha256, f"the frame of kernel {kernel.id}")
         return frame
 
 
 def frame_digests(manifest: Manifest, kernel_ids: Iterable[str] | None = None) -> dict[tuple[int, int], str]:
-    """The (offset, length) and sha256 of the frames of the dictionary and of these kernels (None: all).
+    """The (offset, length) and sha256 of the frames of the dictionary and of these kernels and helpers (None: all).
 
     Raises MissingError for an id that the manifest lacks.
     """
-    kernels = manifest.kernels if kernel_ids is None else [manifest.kernel(i) for i in kernel_ids]
+    kernels = manifest.compiled if kernel_ids is None else [manifest.named(i) for i in kernel_ids]
     frames = {(manifest.dictionary.offset, manifest.dictionary.length): manifest.dictionary.sha256}
     return {**frames, **{(k.frame.offset, k.frame.length): k.frame.sha256 for k in kernels}}
 
@@ -213,7 +213,7 @@ def _frames(manifest: Manifest) -> list[tuple[str, int, int]]:
     """Name, offset and size of all that precedes the manifest in the file."""
     m = manifest
     dictionary = (DICTIONARY_NAME, m.dictionary.offset, m.dictionary.length)
-    return [dictionary, *((frame_name(k.id), k.frame.offset, k.frame.length) for k in m.kernels)]
+    return [dictionary, *((frame_name(k.id), k.frame.offset, k.frame.length) for k in m.compiled)]
 
 
 def open_bundle(source: str | PathLike[str] | bytes, *, manifest_sha256: str | Collection[str]) -> Bundle:

@@ -229,7 +229,7 @@ class Cache:
             manifest = parse_manifest(raw) if raw is not None else None
         except BundleError:  # of another schema: its frames are not known, and are fetched again
             manifest = None
-        return [manifest.dictionary.sha256, *(k.frame.sha256 for k in manifest.kernels)] if manifest else []
+        return [manifest.dictionary.sha256, *(k.frame.sha256 for k in manifest.compiled)] if manifest else []
 
     def _remove(self, names: Iterator[str]) -> list[str]:
         removed = []

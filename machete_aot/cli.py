@@ -157,23 +157,34 @@ def _list(options: argparse.Namespace) -> int:
         }
         for k in manifest.kernels
     ]
+    helpers = [
+        {
+            "id": h.id,
+            "threads": h.threads,
+            "registers": h.registers,
+            "frame_bytes": h.frame.length,
+            "cubin_bytes": h.cubin.size,
+        }
+        for h in manifest.helpers
+    ]
     schedules: list[dict[str, Any]] = [
         {"name": s.name, "tile": s.tile, "split": s.split, "even_ctas": s.even_ctas, "types": list(s.types)}
         for s in manifest.schedules
     ]
     if options.json:
-        print_json({"bundle": bundle_facts(bundle), "kernels": kernels, "schedules": schedules})
+        print_json({"bundle": bundle_facts(bundle), "kernels": kernels, "helpers": helpers, "schedules": schedules})
         return 0
     print(title(bundle))
     columns = ("id", "layout", "threads", "registers", "shared_memory", "frame_bytes", "cubin_bytes")
     _print_table("kernels", kernels, columns)
+    _print_table("helpers", helpers, ("id", "threads", "registers", "frame_bytes", "cubin_bytes"))
     texts = [{**s, "types": " ".join(s["types"])} for s in schedules]
     _print_table("schedules", texts, ("name", "tile", "split", "even_ctas", "types"))
     return 0
 
 
 def _print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    widths = [max(len(c), *(len(str(r[c])) for r in rows)) for c in columns]
+    widths = [max(map(len, (c, *(str(r[c]) for r in rows)))) for c in columns]
     print(f"\n{len(rows)} {title}")
     for cells in (columns, *([str(r[c]) for c in columns] for r in rows)):
         pairs = zip(cells, widths, strict=True)

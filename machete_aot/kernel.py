@@ -16,7 +16,7 @@ from . import abi, driver
 from .bundle import Bundle
 from .driver import Device, release_text
 from .errors import CaptureError, DeviceError, DriverCallError, IncompatibleError
-from .manifest import KernelInfo, Manifest
+from .manifest import HelperInfo, KernelInfo, Manifest
 
 _FUNCTION_IN_CAPTURE = 900  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: some thread is capturing
 
@@ -25,7 +25,7 @@ _FUNCTION_IN_CAPTURE = 900  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: some thread
 class LoadedKernel:
     """A kernel that can be launched on ``device``. ``handle``: what cuLaunchKernelEx takes."""
 
-    info: KernelInfo
+    info: KernelInfo | HelperInfo
     device: Device
     handle: Any
 
@@ -46,23 +46,39 @@ class KernelCache:
         self._libraries: dict[str, _Library] = {}
         self._ready: dict[tuple[str, int], LoadedKernel] = {}
 
-    def load(self, bundle: Bundle, kernel_id: str, device_index: int, stream: int) -> LoadedKernel:
-        """The kernel on that device, loaded unless it is already. ``stream``: the caller's.
+    def load(
+        self,
+        bundle: Bundle,
+        kernel_id: str,
+        device_index: int,
+        stream: int,
+        parameters: tuple[tuple[int, int], ...] = abi.PARAMETERS,
+    ) -> LoadedKernel:
+        """The kernel or helper on that device, loaded unless it is already. ``stream``: the caller's.
+
+        ``parameters``: (offset, size) of what it will be launched with.
 
         Raises CaptureError where a load is needed while the stream is capturing, DeviceError (wrong GPU, old driver),
         IncompatibleError, and what ``Bundle.cubin`` raises.
         """
-        info = bundle.manifest.kernel(kernel_id)
+        info = bundle.manifest.named(kernel_id)
         key = (info.cubin.sha256, device_index)
         found = self._ready.get(key)
         if found is None:
             with self._lock:
                 found = self._ready.get(key)
                 if found is None:
-                    found = self._ready[key] = self._load(bundle, info, driver.device(device_index), stream)
+                    found = self._ready[key] = self._load(bundle, info, driver.device(device_index), stream, parameters)
         return found
 
-    def _load(self, bundle: Bundle, info: KernelInfo, device: Device, stream: int) -> LoadedKernel:
+    def _load(
+        self,
+        bundle: Bundle,
+        info: KernelInfo | HelperInfo,
+        device: Device,
+        stream: int,
+        parameters: tuple[tuple[int, int], ...],
+    ) -> LoadedKernel:
         check_device(bundle.manifest, device)
         with driver.current(device):
             if driver.is_capturing(stream):
@@ -70,7 +86,7 @@ class KernelCache:
             try:
                 library = self._libraries.get(info.cubin.sha256)
                 if library is None:
-                    library = self._libraries[info.cubin.sha256] = _load_library(bundle, info)
+                    library = self._libraries[info.cubin.sha256] = _load_library(bundle, info, parameters)
                 handle = _make_ready(library.kernel, info, device)
             except DriverCallError as error:
                 if error.code == _FUNCTION_IN_CAPTURE:
@@ -90,9 +106,15 @@ def _start_over() -> None:
 os.register_at_fork(after_in_child=_start_over)
 
 
-def load_kernel(bundle: Bundle, kernel_id: str, device_index: int, stream: int) -> LoadedKernel:
+def load_kernel(
+    bundle: Bundle,
+    kernel_id: str,
+    device_index: int,
+    stream: int,
+    parameters: tuple[tuple[int, int], ...] = abi.PARAMETERS,
+) -> LoadedKernel:
     """``KernelCache.load`` of this process's cache, which a forked child starts empty."""
-    return _cache.load(bundle, kernel_id, device_index, stream)
+    return _cache.load(bundle, kernel_id, device_index, stream, parameters)
 
 
 def check_device(manifest: Manifest, device: Device) -> None:
@@ -121,20 +143,23 @@ def _capture_error(kernel_id: str) -> CaptureError:
     )
 
 
-def _load_library(bundle: Bundle, info: KernelInfo) -> _Library:
+def _load_library(bundle: Bundle, info: KernelInfo | HelperInfo, parameters: tuple[tuple[int, int], ...]) -> _Library:
     code = bundle.cubin(info.id)
     library = driver.call("cuLibraryLoadData", code, [], [], 0, [], [], 0)
     try:
         kernel = driver.call("cuLibraryGetKernel", library, info.symbol.encode())
-        _check_parameters(kernel, info)
+        _check_parameters(kernel, info, parameters)
     except Exception:
         driver.call("cuLibraryUnload", library)
         raise
     return _Library(kernel, code)
 
 
-def _make_ready(kernel: Any, info: KernelInfo, device: Device) -> Any:
-    """Loads the code into the current context and lets launches take all of the shared memory."""
+def _make_ready(kernel: Any, info: KernelInfo | HelperInfo, device: Device) -> Any:
+    """Loads the code into the current context and lets launches take all of the shared memory.
+
+    The helpers have the same carveout: an SM that must change it waits until nothing runs there.
+    """
     driver.call("cuKernelGetFunction", kernel)
     api = driver.api()
     attribute = api.CUfunction_attribute
@@ -147,15 +172,15 @@ def _make_ready(kernel: Any, info: KernelInfo, device: Device) -> Any:
     return api.CUfunction(int(kernel))  # cuLaunchKernelEx takes a CUkernel in the place of a CUfunction
 
 
-def _check_parameters(kernel: Any, info: KernelInfo) -> None:
-    """Compares the compiled parameters with what ``launch`` passes. Drivers before CUDA 12.4 (550) cannot tell.
+def _check_parameters(kernel: Any, info: KernelInfo | HelperInfo, wanted: tuple[tuple[int, int], ...]) -> None:
+    """Compares the compiled parameters with what a launch passes. Drivers before CUDA 12.4 (550) cannot tell.
 
     The driver counts from where its parameter area starts, which is not where the first parameter lies when that one is
     aligned to 128 bytes (an H100's driver 580 reports offsets 112 and 240), so offsets count from the first parameter.
     """
     found: list[tuple[int, int]] = []
     try:
-        for index in range(len(abi.PARAMETERS) + 1):
+        for index in range(len(wanted) + 1):
             offset, size = driver.call("cuKernelGetParamInfo", kernel, index)
             found.append((offset, size))
     except driver.MissingFunctionError:
@@ -164,8 +189,8 @@ def _check_parameters(kernel: Any, info: KernelInfo) -> None:
         if error.code != 1:  # CUDA_ERROR_INVALID_VALUE: there is no parameter of that index
             raise
     relative = tuple((offset - found[0][0], size) for offset, size in found)
-    if relative != abi.PARAMETERS:
+    if relative != wanted:
         raise IncompatibleError(
             f"kernel {info.id} takes parameters (offset, size) {relative}, where this runtime passes "
-            f"{abi.PARAMETERS}; install the bundle that belongs to this version of machete-aot"
+            f"{wanted}; install the bundle that belongs to this version of machete-aot"
         )

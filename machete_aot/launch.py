@@ -214,20 +214,34 @@ def launch(
             native.fail(code, plan, operands.acts)
         return
     block = ctypes.create_string_buffer(parameter_bytes(plan, operands, workspace, next(_tokens) % 2**64), abi.SIZE)
-    config = driver.api().CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = plan.block
-    config.sharedMemBytes = placement.shared_memory(
+    shared_memory = placement.shared_memory(
         plan.shared_memory, plan.one_per_sm, plan.every_sm, (kernel.device.index, stream)
     )
-    config.hStream = stream
-    attributes = _attributes(plan.cluster, overlap)
-    if attributes:
-        config.attrs = attributes
-    config.numAttrs = len(attributes)
+    config = launch_config(plan.grid, plan.block, plan.cluster, shared_memory, stream, overlap)
     acts = tensor_map.encode(operands.acts, plan.acts)
     pointers = (ctypes.c_void_p * 2)(acts.address, ctypes.addressof(block))
     driver.call("cuLaunchKernelEx", config, kernel.handle, ctypes.addressof(pointers), 0)
+
+
+def launch_config(
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    cluster: tuple[int, int, int],
+    shared_memory: int,
+    stream: int,
+    overlap: bool,
+) -> Any:
+    """What cuLaunchKernelEx takes beside a kernel and its parameters."""
+    config = driver.api().CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = block
+    config.sharedMemBytes = shared_memory
+    config.hStream = stream
+    attributes = _attributes(cluster, overlap)
+    if attributes:
+        config.attrs = attributes
+    config.numAttrs = len(attributes)
+    return config
 
 
 def parameter_bytes(plan: LaunchPlan, operands: Operands, workspace: int, token: int) -> bytes:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from .config import ProductTypes, TileConfig, TypeConfig
 from .decode import decode, parse_json, prepare
 from .errors import BundleError, IncompatibleError, MissingError, SchemaTooNewError
-from .manifest_rules import MAX_MANIFEST_BYTES, SCHEMA, violations
+from .manifest_rules import MAX_MANIFEST_BYTES, SCHEMA, TYPES_END, violations
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,20 @@ class KernelInfo:
 
 
 @dataclass(frozen=True)
+class HelperInfo:
+    """A compiled kernel that computes no product. ``id`` says what it does; ``threads``: the most of a CTA."""
+
+    id: str
+    symbol: str
+    threads: int
+    registers: int
+    spills: int
+    static_shared_memory: int
+    frame: FrameInfo
+    cubin: CubinInfo
+
+
+@dataclass(frozen=True)
 class ScheduleInfo:
     """One schedule: a tile's name and a division of K (see ScheduleConfig). ``types``: names of those that have it."""
 
@@ -179,7 +193,7 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A valid manifest of schema 3. Only ``parse_manifest``, ``parse_pinned`` and the bundle's writer make one.
+    """A valid manifest of schema 4. Only ``parse_manifest``, ``parse_pinned`` and the bundle's writer make one.
 
     ``_parts``: of one that is decoded as far as it is asked, whose fields are set when they are first read.
     """
@@ -193,6 +207,7 @@ class Manifest:
     compat: Compat
     dictionary: DictionaryInfo
     kernels: tuple[KernelInfo, ...]
+    helpers: tuple[HelperInfo, ...]
     schedules: tuple[ScheduleInfo, ...]
     heuristic: Heuristic
 
@@ -233,6 +248,11 @@ class Manifest:
                 found.setdefault(name, []).append(schedule)
         return {name: tuple(schedules) for name, schedules in found.items()}
 
+    @property
+    def compiled(self) -> tuple[KernelInfo | HelperInfo, ...]:
+        """All that has a frame in the bundle, in its order: kernels, then helpers."""
+        return (*self.kernels, *self.helpers)
+
     @cached_property
     def types(self) -> tuple[TypeConfig, ...]:
         """The types that some kernel serves, in the order of the kernels."""
@@ -259,6 +279,14 @@ class Manifest:
         if found is None:
             raise MissingError(f"the bundle holds no kernel {kernel_id!r}; `machete-aot list` shows what it holds")
         return found
+
+    def named(self, compiled_id: str) -> KernelInfo | HelperInfo:
+        """The kernel or the helper of that id. Raises MissingError."""
+        if TYPES_END not in compiled_id:
+            for helper in self.helpers:
+                if helper.id == compiled_id:
+                    return helper
+        return self.kernel(compiled_id)
 
     def schedule(self, name: str) -> ScheduleInfo:
         """The schedule of that name. Raises MissingError."""
@@ -308,12 +336,12 @@ def kernel_id(types: TypeConfig, tile_name: str) -> str:
 
 def id_start(types_name: str) -> str:
     """How the ids of all kernels of these types begin."""
-    return f"{types_name}__"
+    return f"{types_name}{TYPES_END}"
 
 
 def types_of(kernel_id: str) -> str:
     """The name of the types in a kernel's id."""
-    return kernel_id.partition("__")[0]
+    return kernel_id.partition(TYPES_END)[0]
 
 
 def dump_manifest(manifest: Manifest) -> bytes:

@@ -14,10 +14,11 @@ from .config import TileConfig, TypeConfig, schedule_name
 from .scalar_type import SCALAR_TYPES
 
 if TYPE_CHECKING:
-    from .manifest import KernelInfo, Manifest, Measured, ScheduleInfo
+    from .manifest import HelperInfo, KernelInfo, Manifest, Measured, ScheduleInfo
 
-SCHEMA = 3
+SCHEMA = 4
 SYMBOL_PREFIX = "machete_"
+TYPES_END = "__"  # in a kernel's id, between types and tile; no helper's id has it
 
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_CUBIN_BYTES = 16 << 20
@@ -38,6 +39,7 @@ _DEVIATIONS = re.compile(f"[{NOT_MEASURED}{re.escape(_LEAST)}-{re.escape(_MOST)}
 _TYPE = re.compile(r"[a-z][a-z0-9]{0,15}\Z")
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,126}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_HELPER = re.compile(r"(?=.{1,100}\Z)[a-z][a-z0-9]*(_[a-z0-9]+)*\Z")
 _FAMILIES = ("stream", "flat")
 _ZEROS = ("none", "float", "int", "any")
 _TILE_LIMITS = {
@@ -60,10 +62,13 @@ def violations(m: Manifest) -> Iterator[str]:
     layouts = {layout.name for layout in m.layouts}
     for kernel in m.kernels:
         yield from (f"kernel {kernel.id[:200]!r}: {p}" for p in _kernel_violations(kernel, layouts))
+    for helper in m.helpers:
+        yield from (f"helper {helper.id[:200]!r}: {p}" for p in _helper_violations(helper))
     kernels = {(k.types.name, _tile_name(k.tile)): k for k in m.kernels}
     for schedule in m.schedules:
         yield from (f"schedule {schedule.name[:200]!r}: {p}" for p in _schedule_violations(schedule, kernels))
     yield from _repeated("kernel id", (k.id for k in m.kernels))
+    yield from _repeated("helper id", (h.id for h in m.helpers))
     yield from _repeated("schedule name", (s.name for s in m.schedules))
     yield from _repeated("layout name", (layout.name for layout in m.layouts))
     yield from _overlaps(m)
@@ -92,15 +97,27 @@ def _kernel_violations(k: KernelInfo, layouts: set[str]) -> Iterator[str]:
     yield from _type_violations(k.types)
     yield from _tile_violations(k.tile)
     if not _tile_violations(k.tile):
-        wanted = f"{k.types.name}__{_tile_name(k.tile)}"
+        wanted = f"{k.types.name}{TYPES_END}{_tile_name(k.tile)}"
         if k.id != wanted:
             yield f"id should be {wanted!r}, from its types and tile"
         if k.threads != k.tile.threads or k.threads > MAX_THREADS:
             yield f"threads {k.threads}, where the tile has {k.tile.threads} and the limit is {MAX_THREADS}"
-    if k.symbol != SYMBOL_PREFIX + k.id:
-        yield f"symbol {k.symbol[:200]!r} is not {SYMBOL_PREFIX!r} and the id"
     if k.layout not in layouts:
         yield f"layout {k.layout[:80]!r} is not among the manifest's layouts"
+    yield from _compiled_violations(k)
+
+
+def _helper_violations(h: HelperInfo) -> Iterator[str]:
+    if not _HELPER.match(h.id):
+        yield "id is not a name of lower case words with a '_' between them"
+    if not 1 <= h.threads <= MAX_THREADS or h.threads % 32:
+        yield f"threads {h.threads} are not whole warps within 1..{MAX_THREADS}"
+    yield from _compiled_violations(h)
+
+
+def _compiled_violations(k: KernelInfo | HelperInfo) -> Iterator[str]:
+    if k.symbol != SYMBOL_PREFIX + k.id:
+        yield f"symbol {k.symbol[:200]!r} is not {SYMBOL_PREFIX!r} and the id"
     if not 1 <= k.registers <= MAX_REGISTERS:
         yield f"registers {k.registers} are not within 1..{MAX_REGISTERS}"
     if k.spills < 0 or not 0 <= k.static_shared_memory <= MAX_SHARED_MEMORY:
@@ -223,7 +240,7 @@ def _repeated(what: str, names: Iterable[str]) -> Iterator[str]:
 
 def _overlaps(m: Manifest) -> Iterator[str]:
     spans = [(m.dictionary.offset, m.dictionary.length, "the dictionary")]
-    spans += [(k.frame.offset, k.frame.length, f"the frame of {k.id!r}") for k in m.kernels]
+    spans += [(k.frame.offset, k.frame.length, f"the frame of {k.id!r}") for k in m.compiled]
     spans.sort()
     for (offset, length, first), (start, _, second) in itertools.pairwise(spans):
         if start < offset + length:

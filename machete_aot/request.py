@@ -95,8 +95,13 @@ class Request:
         return bundle
 
     def spans(self, manifest: Manifest) -> list[Span]:
-        """Offset and length of what is wanted of the bundle's file: its dictionary and the frames of kernels."""
-        return list(frame_digests(manifest, None if self.only is None else kernel_ids(manifest, self.only)))
+        """Offset and length of what is wanted of the bundle's file: its dictionary and the frames of kernels.
+
+        The helpers, which are small, belong to any choice of kernels.
+        """
+        if self.only is None:
+            return list(frame_digests(manifest))
+        return list(frame_digests(manifest, [*kernel_ids(manifest, self.only), *(h.id for h in manifest.helpers)]))
 
     @property
     def wanted(self) -> str:

@@ -277,7 +277,7 @@ def test_newer_schemas_and_invalid_manifests() -> None:
     data, digest = rewritten(json.dumps({"schema": SCHEMA}).encode())
     with pytest.raises(BundleError) as caught:
         open_bundle(data, manifest_sha256=digest)
-    assert len(caught.value.problems) == 10
+    assert len(caught.value.problems) == 11
 
 
 def test_missing_kernels() -> None:

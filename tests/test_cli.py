@@ -70,7 +70,7 @@ def flip(path: Path, offset: int) -> None:
 def rewrite(path: Path, bundle: Bundle, manifest: bytes) -> str:
     """Writes an intact bundle with another manifest; returns the manifest's digest."""
     data, spans = path.read_bytes(), bundle.manifest
-    parts = [(DICTIONARY_NAME, spans.dictionary), *((frame_name(k.id), k.frame) for k in spans.kernels)]
+    parts = [(DICTIONARY_NAME, spans.dictionary), *((frame_name(k.id), k.frame) for k in spans.compiled)]
     files = [(name, data[s.offset : s.offset + s.length]) for name, s in parts]
     path.write_bytes(write_archive([*files, (MANIFEST_NAME, manifest)]))
     return hashlib.sha256(manifest).hexdigest()
@@ -203,10 +203,13 @@ def test_list_shows_every_kernel_and_schedule(capsys: pytest.CaptureFixture[str]
     assert [k["id"] for k in document["kernels"]] == [k.id for k in embedded.manifest.kernels]
     assert [s["name"] for s in document["schedules"]] == [s.name for s in embedded.manifest.schedules]
     assert [tuple(s["types"]) for s in document["schedules"]] == [s.types for s in embedded.manifest.schedules]
+    assert [(h["id"], h["threads"], h["registers"], h["cubin_bytes"]) for h in document["helpers"]] == [
+        (h.id, h.threads, h.registers, h.cubin.size) for h in embedded.manifest.helpers
+    ]
     first, fact = embedded.manifest.kernels[0], document["kernels"][0]
     used = [first.tile.shared_memory(s.split, first.types) for s in embedded.manifest.schedules_of(first)]
     assert fact["shared_memory"] == max(used)
-    assert all(k.id in out for k in embedded.manifest.kernels)
+    assert all(k.id in out for k in embedded.manifest.compiled)
     assert all(s.name in out for s in embedded.manifest.schedules)
 
 

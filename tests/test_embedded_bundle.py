@@ -16,6 +16,7 @@ from build_kernels.catalogue import schedules, specializations
 from build_kernels.check import ELF_ABI
 from build_kernels.elf import read_cubin
 from build_kernels.errors import BuildError, ToolchainError
+from build_kernels.helpers import HELPERS
 from build_kernels.pack import COMPUTE_CAPABILITY, MIN_DRIVER
 from build_kernels.paths import MANIFESTS
 from build_kernels.release import manifest_path, toolchain
@@ -53,18 +54,19 @@ def test_it_was_built_from_these_sources(bundle: Bundle) -> None:
     assert bundle.manifest.provenance.source_digest == source_digest(), "run `python -m build_kernels`"
     assert bundle.manifest.toolchain == toolchain()
     assert [k.id for k in bundle.manifest.kernels] == [k.id for k in specializations()]
+    assert [h.id for h in bundle.manifest.helpers] == [h.id for h in HELPERS]
     assert [s.name for s in bundle.manifest.schedules] == [s.name for s in schedules()]
 
 
 def test_the_cubins_have_the_elf_abi_that_the_manifest_states(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    assert {read_cubin(bundle.cubin(k.id)).abi for k in manifest.kernels} == {manifest.compat.elf_abi}
+    assert {read_cubin(bundle.cubin(k.id)).abi for k in manifest.compiled} == {manifest.compat.elf_abi}
     assert manifest.compat == Compat(COMPUTE_CAPABILITY, MIN_DRIVER, ELF_ABI), "run `python -m build_kernels`"
 
 
 def test_kernels_are_without_spills_and_schedules_with_coefficients(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    assert {k.spills for k in manifest.kernels} == {0}
+    assert {k.spills for k in manifest.compiled} == {0}
     assert manifest.heuristic.tables
     for types in manifest.types:
         tables = [table.coefficients.get(types.name, {}) for table in manifest.heuristic.tables]
@@ -80,6 +82,9 @@ def test_the_page_of_the_catalogue_shows_what_the_manifest_says(bundle: Bundle, 
     text = catalogue_page.render_page(bundle)
     for kernel in manifest.kernels:
         assert f"`{kernel.tile.name}` |" in text and f"{kernel.cubin.size:,} |" in text
+    for h in manifest.helpers:
+        row = f"| `{h.id}` | {h.threads} | {h.registers} | {h.frame.length:,} | {h.cubin.size:,} |"
+        assert row in text.splitlines()
     head: list[str] = []  # of the table that a line is in
     seen = set()
     for line in text.splitlines():

@@ -31,6 +31,7 @@ from build_kernels.check import (
 from build_kernels.configs import Specialization
 from build_kernels.errors import BuildError, ToolchainError
 from build_kernels.generate import generate, render
+from build_kernels.helpers import HELPERS
 from build_kernels.heuristic import fitted_to, read_heuristic
 from build_kernels.pack import Product, served, write_bundle
 from build_kernels.paths import ROOT
@@ -237,7 +238,10 @@ def test_unchanged_sources_are_not_written_again(tmp_path: Path) -> None:
 
 def test_the_source_digest_follows_every_source(tmp_path: Path) -> None:
     names = source_files()
-    for name in ("csrc/kernels/gemm_params.h", "build_kernels/templates/kernel.cu.j2", "machete_aot/config.py"):
+    for name in (
+        *("csrc/kernels/gemm_params.h", "build_kernels/templates/kernel.cu.j2", "machete_aot/config.py"),
+        *("csrc/kernels/permute_columns.cuh", "build_kernels/templates/helper.cu.j2", "machete_aot/permute_abi.py"),
+    ):
         assert name in names
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -431,9 +435,9 @@ def test_reading_the_heuristic(tmp_path: Path) -> None:
 
 def test_release_writes_a_bundle_that_its_pin_opens(tmp_path: Path) -> None:
     kernels = catalogue.specializations()
-    for i, kernel in enumerate(kernels):
+    for i, kernel in enumerate((*kernels, *HELPERS)):
         (tmp_path / f"{kernel.id}.cubin").write_bytes(cubin_like(i))
-    reports = {k.id: Report(40, 0, 0) for k in kernels}
+    reports = {k.id: Report(40, 0, 0) for k in (*kernels, *HELPERS)}
     data, manifests = tmp_path / "data", tmp_path / "manifests"
     path = release(reports, tmp_path, allow_unfitted=True, data=data, manifests=manifests)
     assert path == data / "machete-aot-sm90a.zip"
@@ -444,6 +448,7 @@ def test_release_writes_a_bundle_that_its_pin_opens(tmp_path: Path) -> None:
     assert hashlib.sha256(manifest.read_bytes()).hexdigest() == pin["manifest_sha256"]
     assert bundle.manifest.provenance.source_digest == source_digest()
     assert [k.id for k in bundle.manifest.kernels] == [k.id for k in kernels]
+    assert [h.id for h in bundle.manifest.helpers] == [h.id for h in HELPERS]
     assert [s.name for s in bundle.manifest.schedules] == [s.name for s in catalogue.schedules()]
     for types in catalogue.TYPES:
         have = {s.name for s in bundle.manifest.schedules_for(types)}  # types may share a tile and divide K otherwise

@@ -29,7 +29,7 @@ class Bundle {
     const std::string_view text = std::string_view(data_).substr(directory - size, size);
     if (sha256(text) != trusted) fail("the manifest's SHA-256 is " + sha256(text) + ", trusted: " + trusted);
     manifest = JsonReader::read(text);
-    if (manifest["schema"].integer() != 3) fail("this program reads manifests of schema 3");
+    if (manifest["schema"].integer() != 4) fail("this program reads manifests of schema 4");
     const Json& shared = manifest["dictionary"];
     dictionary_ = content(shared, shared["raw_size"].integer(), shared["raw_sha256"].text, {});
   }

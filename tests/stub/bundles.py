@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from build_kernels.check import Report
 from build_kernels.configs import ImplConfig
-from build_kernels.pack import Product, write_bundle
+from build_kernels.helpers import HELPERS
+from build_kernels.pack import HelperProduct, Product, write_bundle
 from machete_aot import abi
 from machete_aot.bundle import Bundle, open_bundle
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
@@ -45,6 +46,8 @@ def make_bundle(
 ) -> Bundle:
     """A bundle of TYPES with every tile above, and of ``general`` types, unmeasured ones, with NARROW, split 1 and 4.
 
+    And with all helpers.
+
     ``cubin`` replaces all cubins.
     """
     report = Report(80, 0, static_shared_memory)
@@ -53,6 +56,8 @@ def make_bundle(
         Product(kernel, report, cubin or stub_cubin(kernel.symbol, parameters))
         for kernel in (*ImplConfig(TYPES, SCHEDULES).specializations, *more.specializations)
     ]
+    helpers = [HelperProduct(h, Report(32, 0, 0), cubin or stub_cubin(h.symbol, h.parameters)) for h in HELPERS]
     plain = release(SCHEDULES)
-    data, manifest = write_bundle(products, dataclasses.replace(plain, served=(*plain.served, *more.typed_schedules)))
+    made = dataclasses.replace(plain, served=(*plain.served, *more.typed_schedules))
+    data, manifest = write_bundle(products, made, helpers)
     return open_bundle(data, manifest_sha256=hashlib.sha256(manifest).hexdigest())

@@ -17,7 +17,7 @@
 #define MAX_DEVICES 8
 #define MAX_KERNELS 64
 #define MAX_LAUNCHES 4096
-#define MAX_PARAMETERS 4
+#define MAX_PARAMETERS 16
 #define PARAMETERS_AT 112  // where the parameters begin in the device's layout; real ones lie at 112 and 240
 #define MAX_CALLS 64
 
