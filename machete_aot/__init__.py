@@ -30,9 +30,11 @@ from .version import __version__
 
 try:
     from . import nn, reference
+    from . import permute_op as permute_op
     from . import torch_op as torch_op
     from .gate_up import interleave_gate_up, prepack_gate_up
     from .overlap import set_overlap
+    from .permute import permute_columns
     from .preload import warmup
     from .prepack import prepack_b, unpack_b
     from .product import explain, gemm, supported_schedules
@@ -41,8 +43,8 @@ except ModuleNotFoundError as error:  # bundles can be built, verified and mirro
         raise
     _NEED_TORCH = frozenset(
         [
-            *("explain", "gemm", "interleave_gate_up", "nn", "prepack_b", "prepack_gate_up", "reference"),
-            *("set_overlap", "supported_schedules", "unpack_b", "warmup"),
+            *("explain", "gemm", "interleave_gate_up", "nn", "permute_columns", "prepack_b", "prepack_gate_up"),
+            *("reference", "set_overlap", "supported_schedules", "unpack_b", "warmup"),
         ]
     )
 
@@ -77,6 +79,7 @@ __all__ = [
     "gemm",
     "interleave_gate_up",
     "nn",
+    "permute_columns",
     "prepack_b",
     "prepack_gate_up",
     "reference",

@@ -14,6 +14,7 @@ from .errors import ArgumentError
 from .fetch import default_bundle
 from .kernel import load_kernel
 from .launch import choose
+from .permute import load_permute
 from .scalar_type import ScalarType
 
 
@@ -65,6 +66,8 @@ def warmup(
     the numbers of rows M that the layers will multiply. Which kernel is the fastest changes with M at no simple places:
     what is loaded serves these M, and another M between them may need another. None: all kernels of the layers' types,
     so that they need no other for any M. ``device``: None is where each layer is.
+
+    Layers with act-order also need the kernel that gathers their activations.
 
     Returns the kernels' ids. Raises ArgumentError, UnsupportedError, DeviceError, CaptureError and BundleError.
     """
@@ -139,6 +142,10 @@ def _warm_layers(
             b_group_size=kind.group, with_zeros=False if kind.zeros == "none" else kind.zeros,
         )  # fmt: skip
         kernels.update(dict.fromkeys(loaded))
+    ordered = [layer for layer in module.modules() if isinstance(layer, MacheteLinear) and layer.perm is not None]
+    for place in dict.fromkeys(layer.qweight.device if device is None else device for layer in ordered):
+        index = _device_index(place)
+        kernels[load_permute(index, product._current_stream(index)).info.id] = None
     return list(kernels)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qualification: every kernel of a bundle, with every schedule, on this GPU against the reference.
+"""Qualification: every kernel of a bundle, with every schedule, and every helper, on this GPU against the reference.
 
 Each product goes through the public ``gemm`` into a poisoned buffer larger than its output, twice. The data is drawn
 anew for each run of the command; weights and the reference's sums are shared by all schedules of one type.
@@ -30,8 +30,10 @@ from .errors import DeviceError
 from .fetch import use_bundle
 from .kernel import check_device
 from .manifest import Manifest
+from .permute_abi import HELPER_ID
 from .prepack import A_DTYPES, prepack_b
 from .product import gemm
+from .qualify_permute import qualify_permute
 from .record import OUTPUTS, SCHEMA, TOLERANCE, BundleId, DeviceInfo, KernelResult, Record, ScheduleResult, tolerance
 from .scalar_type import SCALAR_TYPES, scalar_type
 
@@ -133,6 +135,7 @@ def qualify(bundle: Bundle, *, progress: Callable[[int, int, str], None] | None 
     seed = secrets.randbits(32)
     with torch.no_grad():
         kernels = _run_all(bundle, seed, progress)
+        helpers = {h.id: qualify_permute(seed) for h in bundle.manifest.helpers if h.id == HELPER_ID}
     info = bundle.manifest.bundle
     return Record(
         schema=SCHEMA,
@@ -142,6 +145,7 @@ def qualify(bundle: Bundle, *, progress: Callable[[int, int, str], None] | None 
         seed=seed,
         tolerance=TOLERANCE,
         kernels=kernels,
+        helpers=helpers,
     ).as_json()
 
 

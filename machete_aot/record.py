@@ -21,12 +21,13 @@ from .decode import decode
 from .manifest import KernelInfo, Manifest, dump_manifest
 from .publish import publish
 
-SCHEMA = 2
+SCHEMA = 3
 # Of ||out - ref|| / ||ref||, by type. Rounding an output once, without any other error, makes 1.7e-3 in bf16 and 2.1e-4
 # in fp16 of the norm. See ``tolerance`` for which type counts.
 TOLERANCE = {"bf16": 2.5e-3, "fp16": 3.5e-4}
 OUTPUTS = ("bf16", "fp16", "fp32")
 MIN_CASES = 16  # products that every schedule must have been through
+MIN_HELPER_CASES = 48
 
 
 def tolerance(activations: str, out: str) -> float:
@@ -83,8 +84,19 @@ class KernelResult:
 
 
 @dataclass(frozen=True)
+class HelperResult:
+    """One helper. ``wrong``: the cases with a wrong bit; ``failures``: a line for each case that raised."""
+
+    cases: int
+    wrong: tuple[str, ...]
+    deterministic: bool
+    guards_intact: bool
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Record:
-    """A whole run. ``date`` is the day in UTC, ``seed`` what the data was drawn from, ``kernels`` by kernel id."""
+    """A whole run. ``date`` is the day in UTC, ``seed`` what the data was drawn from, the rest is by id."""
 
     schema: int
     bundle: BundleId
@@ -93,6 +105,7 @@ class Record:
     seed: int
     tolerance: Mapping[str, float]
     kernels: Mapping[str, KernelResult]
+    helpers: Mapping[str, HelperResult]
 
     def as_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -157,6 +170,19 @@ def _coverage_problems(record: Record, manifest: Manifest) -> Iterator[str]:
             yield from (f"kernel {kernel.id}: {p}" for p in _kernel_problems(result, kernel, manifest))
     for unknown in sorted(record.kernels.keys() - {k.id for k in manifest.kernels}):
         yield f"kernel {unknown}: not in the manifest"
+    for helper in manifest.helpers:
+        found = record.helpers.get(helper.id)
+        problems = ["not in the record"] if found is None else _helper_problems(found)
+        yield from (f"helper {helper.id}: {p}" for p in problems)
+    for unknown in sorted(record.helpers.keys() - {h.id for h in manifest.helpers}):
+        yield f"helper {unknown}: not in the manifest"
+
+
+def _helper_problems(result: HelperResult) -> Iterator[str]:
+    if result.cases < MIN_HELPER_CASES:
+        yield f"{result.cases} cases, where {MIN_HELPER_CASES} are wanted; run qualify again"
+    yield from (f"wrong {text}" for text in result.wrong)
+    yield from _conduct_problems(result)
 
 
 def _kernel_problems(result: KernelResult, kernel: KernelInfo, manifest: Manifest) -> Iterator[str]:
@@ -186,6 +212,10 @@ def _schedule_problems(result: ScheduleResult, activations: str) -> Iterator[str
             yield f"error {error:.3g} in {out}, where {allowed}; worst case: {result.worst_case}"
     if result.cases < MIN_CASES:
         yield f"{result.cases} cases, where {MIN_CASES} are wanted; run qualify again"
+    yield from _conduct_problems(result)
+
+
+def _conduct_problems(result: ScheduleResult | HelperResult) -> Iterator[str]:
     if not result.deterministic:
         yield "two runs differ"
     if not result.guards_intact:

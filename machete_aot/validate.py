@@ -133,6 +133,49 @@ def check_gemm(
     )  # fmt: skip
 
 
+class Permutation(NamedTuple):
+    """Columns to be permuted: ``a2d`` [m, k] and ``order`` [k], last dimension contiguous, copied where it was not.
+
+    ``out2d``: the caller's output as a view [m, k], None where none was given.
+    """
+
+    a2d: torch.Tensor
+    order: torch.Tensor
+    out2d: torch.Tensor | None
+
+
+def check_permutation(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | None) -> Permutation:
+    """Checks the arguments of ``permute_columns`` against each other and returns what they mean.
+
+    What ``order`` holds is not looked at: that would wait for the device. Raises ArgumentError.
+    """
+    for name, tensor in (("a", a), ("order", order), ("out", out)):
+        if tensor is None and name == "out":
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != a.device:
+            raise ArgumentError(f"{name} is on {tensor.device} but a is on {a.device}; move all to one device")
+    if a.dtype not in _FLOATING:
+        raise ArgumentError(f"a must be bfloat16 or float16, got {a.dtype}; convert it with a.to(torch.bfloat16)")
+    if a.dim() == 0:
+        raise ArgumentError("a must be [..., K], got a scalar")
+    k = a.shape[-1]
+    if order.dtype != torch.int32:
+        raise ArgumentError(f"order must be torch.int32, got {order.dtype}; convert it once with .to(torch.int32)")
+    _check_shape(order, "order", (k,), "a column of a for each of its columns, [K]")
+    a2d = _last_contiguous(a if a.dim() == 2 else a.reshape(-1 if k else a.shape[:-1].numel(), k))
+    out2d = None
+    if out is not None:
+        if out.dtype != a.dtype:
+            raise ArgumentError(f"out must have the dtype of a, {a.dtype}, got {out.dtype}")
+        _check_shape(out, "out", tuple(a.shape), "the shape of a")
+        out2d = _rows_of(out, a2d.shape[0], k)
+        if k and _share_memory(out2d, a2d):
+            raise ArgumentError("out shares memory with a, which is still read while out is written; pass another out")
+    return Permutation(a2d, order if order.is_contiguous() else order.contiguous(), out2d)
+
+
 def check_b_type(b_type: object) -> None:
     """Raises ArgumentError unless this is a ScalarType."""
     if not isinstance(b_type, ScalarType):

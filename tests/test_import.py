@@ -124,8 +124,17 @@ except AttributeError:
     print("nothing")
 """
     names = (
-        *("explain", "gemm", "interleave_gate_up", "nn", "prepack_b", "prepack_gate_up", "reference", "set_overlap"),
-        *("supported_schedules", "unpack_b", "warmup"),
+        *(
+            "explain",
+            "gemm",
+            "interleave_gate_up",
+            "nn",
+            "permute_columns",
+            "prepack_b",
+            "prepack_gate_up",
+            "reference",
+        ),
+        *("set_overlap", "supported_schedules", "unpack_b", "warmup"),
     )
     assert python(code, tmp_path).split("\n") == [*(f"{name} True" for name in names), "nothing", ""]
 

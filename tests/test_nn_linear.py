@@ -165,6 +165,46 @@ def test_mistakes(name: str) -> None:
         MacheteLinear(128, 64, **options)
 
 
+def test_activations_are_gathered_by_the_package_s_kernel_or_by_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build("everything")
+    x = torch.randn(2, 3, 128).to(BF16)
+    seen, graphs = [], []
+
+    def permute(a: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        seen.append(order)
+        return machete.permute_columns(a, order)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    monkeypatch.setattr(linear_module, "permute_columns", permute)
+    expected = layer(x)
+    assert len(seen) == 1 and seen[0] is layer.perm
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend=backend)(x), expected)
+    assert len(seen) == 1 and "index_select" in graphs[0]
+    assert build("plain")(x).shape == (2, 3, 80) and len(seen) == 1
+
+
+@pytest.mark.parametrize("damage", [-1, 128, 0], ids=str)
+def test_an_order_that_is_no_permutation_is_refused_where_it_comes_from(damage: int) -> None:
+    """The kernel reads wherever it says."""
+    layer = build("everything")
+    assert layer.perm is not None
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state["perm"][state["perm"] == 5] = damage
+    target = MacheteLinear.from_description(layer.description(), BF16)
+    target.qweight.zero_()
+    with pytest.raises(CheckpointError, match="perm is not a permutation"):
+        target.load_state_dict(state)
+    assert not target.qweight.any()
+    with pytest.raises(ArgumentError, match="perm must hold each number from 0 to 127 once"):
+        MacheteLinear.from_packed(
+            layer.qweight, layer.b_type, layer.scales, layer.zeros, 128, 64, layer.bias, state["perm"]
+        )
+
+
 def test_packed_buffers_must_fit() -> None:
     layer = build("plain")
     with pytest.raises(ArgumentError, match=r"scales must have shape \(2, 72\), got \(3, 72\)"):

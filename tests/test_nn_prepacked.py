@@ -126,6 +126,18 @@ def test_an_interrupted_save_has_no_index(model: Toy, tmp_path: Path, monkeypatc
         load_prepacked(meta_toy(), tmp_path, progress=False)
 
 
+def test_an_order_that_is_no_permutation(model: Toy, tmp_path: Path) -> None:
+    save_prepacked(model, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.endswith(".perm"))
+    tensors[name][0] = tensors[name][1]
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(CheckpointError, match=f"{name} in .* is not a permutation of the layer's inputs"):
+        load_prepacked(meta_toy(), tmp_path, progress=False)
+
+
 def test_what_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing is prepacked"):
         save_prepacked(toy(BF16), tmp_path)

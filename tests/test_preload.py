@@ -15,6 +15,8 @@ from machete_aot import product
 from machete_aot.nn import MacheteLinear
 from machete_aot.nn import linear as linear_module
 from machete_aot.nn.fuse import attach_merged, merge, merge_gate_up
+from machete_aot.permute import permute_on
+from machete_aot.permute_abi import HELPER_ID, unpack_params
 from machete_aot.scalar_type import u4, u4b8
 from stub.bundles import BF16, FP16, GENERAL, NARROW, make_bundle
 from stub.harness import Stub, stubbed
@@ -42,12 +44,15 @@ def on_stub(stub: Stub) -> None:
         )  # fmt: skip
 
     linear_module.gemm = gemm
+    linear_module.permute_columns = lambda a, order: permute_on(0, STREAM, a, order)
     product._current_stream = lambda index: STREAM  # torch for the CPU has no streams
     stub.set(record=0)
 
 
-def layer(n: int, group: int = 128, zeros: str = "symmetric", dtype: torch.dtype = torch.bfloat16) -> MacheteLinear:
-    stored = make(Case("GPTQ", 4, group, False, zeros), n, K)
+def layer(
+    n: int, group: int = 128, zeros: str = "symmetric", dtype: torch.dtype = torch.bfloat16, act_order: bool = False
+) -> MacheteLinear:
+    stored = make(Case("GPTQ", 4, group, act_order, zeros), n, K)
     return MacheteLinear.from_gptq(**stored.tensors, **stored.options, dtype=dtype)
 
 
@@ -124,6 +129,22 @@ def test_without_tokens_no_product_of_any_size_loads_anything(stub: Stub) -> Non
     for m in EVERY_M:
         model(torch.randn(m, K).bfloat16())
     assert stub.calls("cuLibraryLoadData") == len(loaded)
+
+
+@stubbed
+def test_layers_with_act_order(stub: Stub) -> None:
+    """They gather their activations by a kernel of the bundle, which is loaded with the others."""
+    on_stub(stub)
+    model = torch.nn.Sequential(layer(K, act_order=True), layer(96, act_order=True), layer(64))
+    loaded = machete.warmup(model, tokens=[3], device=0)
+    assert loaded.count(HELPER_ID) == 1 and len(loaded) == stub.calls("cuLibraryLoadData")
+    assert HELPER_ID not in machete.warmup(model[2:], tokens=[3], device=0)
+    stub.set(capturing=1, record=1)
+    model[1](torch.randn(3, K).bfloat16())
+    gather, product_ = stub.launches
+    assert gather.symbol == f"machete_{HELPER_ID}" and product_.symbol != gather.symbol
+    assert unpack_params(gather.parameters)["order"] == model[1].perm.data_ptr()
+    assert product_.tensor_map.address == unpack_params(gather.parameters)["out"]
 
 
 @stubbed

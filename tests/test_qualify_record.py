@@ -40,13 +40,14 @@ def make_record() -> dict[str, Any]:
         for k in MANIFEST.kernels
     }
     return record.Record(
-        schema=2,
+        schema=3,
         bundle=record.BundleId("sm90a", "0.1.0", MANIFEST_DIGEST),
         device=record.DeviceInfo("NVIDIA H100 80GB HBM3", 132, "580.159.04", 13000, "2.13.0"),
         date="2026-11-22",
         seed=7,
         tolerance=record.TOLERANCE,
         kernels=kernels,
+        helpers={},
     ).as_json()
 
 
@@ -71,7 +72,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "version": (lambda r: at(r, "bundle").update(version="0.0.9"), "bundle.version: the record is about '0.0.9'"),
     "arch": (lambda r: at(r, "bundle").update(arch="sm100a"), "bundle.arch: the record is about 'sm100a'"),
-    "schema": (lambda r: r.update(schema=1), "schema: 1 is not 2"),
+    "schema": (lambda r: r.update(schema=1), "schema: 1 is not 3"),
     "date": (lambda r: r.update(date="yesterday"), "date: 'yesterday' is not a date"),
     "kernel missing": (lambda r: at(r, "kernels").pop(FP16_FLAT), f"kernel {FP16_FLAT}: not in the record"),
     "kernel unknown": (lambda r: at(r, "kernels").update(x={"schedules": {}}), "kernel x: not in the manifest"),

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ArgumentError, CheckpointError, UnsupportedError
 from ..layout import layout_for, packed_shape
+from ..permute import permute_columns
 from ..prepack import A_DTYPES, prepack_b
 from ..product import gemm
 from ..scalar_type import ScalarType, scalar_type, u4b8
@@ -20,6 +21,7 @@ from .nearest import round_to_nearest
 from .weights import QuantizedWeights
 
 STATE_FORMAT = 1  # of the extra state
+_is_compiling = torch.compiler.is_compiling
 _ZEROS = {"none": None, "int": torch.uint8, "float": "dtype"}
 
 
@@ -115,7 +117,8 @@ class MacheteLinear(torch.nn.Module):
         if sharding is not None:
             x = sharding.before(x)
         if self.perm is not None:
-            x = x.index_select(-1, self.perm)
+            # A compiler makes torch's gather a part of the kernel before it, which it cannot with ours.
+            x = x.index_select(-1, self.perm) if _is_compiling() else permute_columns(x, self.perm)
         out_dtype = None if sharding is None else sharding.out_dtype
         y = gemm(
             x, self.qweight, self.b_type, self.scales, self.zeros, self.group_size, self.bias,
@@ -149,7 +152,8 @@ class MacheteLinear(torch.nn.Module):
     ) -> MacheteLinear:
         """A layer of weights that are prepacked already: the buffers as they are, floating ones in ``dtype``.
 
-        ``dtype`` None: that of the scales. Raises ArgumentError where the shapes do not fit together.
+        ``dtype`` None: that of the scales. Raises ArgumentError where the shapes do not fit together, and where
+        ``perm`` is not a permutation.
         """
         dtype = dtype or scales.dtype
         kind = "none" if zeros is None else "float" if zeros.is_floating_point() else "int"
@@ -166,6 +170,8 @@ class MacheteLinear(torch.nn.Module):
             if tensor.shape != wanted.shape:
                 raise ArgumentError(f"{name} must have shape {tuple(wanted.shape)}, got {tuple(tensor.shape)}")
             setattr(layer, name, tensor.detach().to(wanted.dtype).contiguous())
+        if layer.perm is not None and not is_permutation(layer.perm):
+            raise ArgumentError(f"perm must hold each number from 0 to {in_features - 1} once")
         return layer
 
     @classmethod
@@ -245,6 +251,9 @@ class MacheteLinear(torch.nn.Module):
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None:
             self._check_state(state)  # before any buffer is overwritten
+        perm = state_dict.get(f"{prefix}perm")
+        if perm is not None and not is_permutation(perm):
+            raise CheckpointError(f"{prefix}perm is not a permutation of the layer's inputs; the state is damaged")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_state(self, state: torch.Tensor) -> None:
@@ -280,6 +289,16 @@ def check_layout(description: Mapping[str, Any]) -> None:
             f"weights were prepacked in layout {found[0]} version {found[1]}, and this machete-aot has "
             f"{layout.name} version {layout.version}; prepack the original checkpoint again"
         )
+
+
+def is_permutation(order: torch.Tensor) -> bool:
+    """Whether each number below its length occurs once, as far as it has values. Waits for the device.
+
+    Where an order comes from outside this is asked once: the kernel that gathers by it reads wherever it says.
+    """
+    if order.is_meta:
+        return True
+    return torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype, device=order.device))
 
 
 def _checked_group(group_size: int | None, k: int) -> int:

@@ -28,7 +28,7 @@ from ..prepack import A_DTYPES, A_NAMES
 from ..publish import publish
 from .checkpoint import Checkpoint, read_json, write_tensors
 from .fuse import DOWN, GateUpMLP, attach_merged, merged_parts
-from .linear import MacheteLinear
+from .linear import MacheteLinear, is_permutation
 from .tree import Tree, target_device
 
 FORMAT = "machete-aot-prepacked"
@@ -111,8 +111,10 @@ def load_prepacked(
     finally:
         checkpoint.close()
     tree.finish()
-    for layer in model.modules():
+    for path, layer in model.named_modules():
         if isinstance(layer, MacheteLinear):
+            if layer.perm is not None and not is_permutation(layer.perm):
+                raise CheckpointError(f"{path}.perm in {folder} is not a permutation of the layer's inputs")
             ahead.prepare(layer.qweight, layer.b_type, A_NAMES[layer.scales.dtype])
     return model
 

@@ -5,7 +5,8 @@
 
 Every schedule of the kernels of one type (``--types``) with each kind of output, and of those of each other type the
 narrowest and the widest tile of each family, with other zeros and kinds of output in turn. K is long enough that every
-ring stage is used again. docs/sanitizer.md has the commands and what they report.
+ring stage is used again. And permuted columns, in all ways of gathering and storing them. docs/sanitizer.md has the
+commands and what they report.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from machete_aot.bundle import open_bundle
 from machete_aot.config import TileConfig, TypeConfig
 from machete_aot.fetch import default_bundle
 from machete_aot.manifest import Manifest, ScheduleInfo
+from machete_aot.permute_abi import HELPER_ID
 from machete_aot.prepack import A_DTYPES
 from machete_aot.qualify import Weights, weights_of
+from machete_aot.qualify_permute import Case, run_case
 from machete_aot.scalar_type import scalar_type
 
 KINDS = 3  # of output: with a bias; with all that a sum can become; silu(gate) * up alone
@@ -78,10 +81,21 @@ def run(types: TypeConfig, weights: Weights, schedule: ScheduleInfo, tile: TileC
     return error
 
 
+PERMUTED = (1, 8), (3, 100), (2, 4096), (70, 4096), (300, 1000), (140, 9000)  # M, K: few elements and many
+
+
+def permuted(m: int, k: int, types: str, aligned: bool) -> bool:
+    """Whether permuted columns are right."""
+    case = Case(m, k, types, aligned)
+    right = all(run_case(case, torch.Generator("cuda").manual_seed(k)))
+    print(f"{HELPER_ID} {case}: {'right' if right else 'wrong'}", flush=True)
+    return right
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, help="a folder with a bundle and pins.json, else the embedded one")
-    parser.add_argument("--only", default="", help="only schedules whose name contains this")
+    parser.add_argument("--only", default="", help="only schedules, and helpers, whose name contains this")
     parser.add_argument("--types", default="bf16_u4b8", help="the types of which every schedule runs: %(default)s")
     options = parser.parse_args()
     if options.bundle:
@@ -100,6 +114,9 @@ def main() -> int:
             tile = manifest.kernel_for(types, schedule.name).tile
             for kind in range(KINDS) if types.name == options.types else [number % KINDS]:
                 failures += not run(types, weights[(number + kind) % len(weights)], schedule, tile, kind) <= 1
+    if options.only in HELPER_ID:
+        for m, k in PERMUTED:
+            failures += sum(not permuted(m, k, types, aligned) for types in A_DTYPES for aligned in (True, False))
     print(f"{failures} failed")
     return failures != 0
 
