@@ -37,6 +37,7 @@ from machete_aot.bench_report import device_facts
 from machete_aot.nn import MacheteLinear, fuse, load_quantized, parameters_on_meta
 from machete_aot.nn.checkpoint import Checkpoint
 from machete_aot.nn.tree import Tree
+from machete_aot.permute import permute_columns
 from machete_aot.publish import publish
 from machete_aot.scalar_type import u4b8
 
@@ -230,7 +231,7 @@ def note_logits(run: Run, what: str, entry: dict[str, float]) -> dict[str, float
 def act_order(run: Run) -> list[dict[str, float]]:
     """What gathering the activations costs: a layer with and without a permutation, in graphs of many calls.
 
-    And what a gather takes by itself, in torch's ways of doing it.
+    And what a gather takes by itself, by the package's kernel and in torch's ways of doing it.
     """
     found = []
     calls = 20
@@ -260,6 +261,7 @@ def _gathers(perm: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[torch.T
     longer, into = perm.long(), torch.empty_like(x)
     everywhere = longer.expand(x.shape)
     return {
+        "permute_columns": lambda x: permute_columns(x, perm),
         "index_select, int32": lambda x: x.index_select(-1, perm),
         "index_select, int64": lambda x: x.index_select(-1, longer),
         "index_select into a buffer": lambda x: torch.index_select(x, -1, perm, out=into),
