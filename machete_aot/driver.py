@@ -129,10 +129,15 @@ def device(index: int) -> Device:
     return found
 
 
+def is_current(device: Device) -> bool:
+    """Whether the device's primary context is current in this thread."""
+    return int(call("cuCtxGetCurrent")) == int(device.context)
+
+
 @contextmanager
 def current(device: Device) -> Iterator[None]:
     """Makes the device's primary context current in this thread, where it is not already, and restores what was."""
-    if int(call("cuCtxGetCurrent")) == int(device.context):
+    if is_current(device):
         yield
         return
     call("cuCtxPushCurrent", device.context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def permute_on(
     """``permute_columns`` on a stream (a CUstream) of device ``index``, which is where the tensors are."""
     a2d, order, out2d = check_permutation(a, order, out)
     if out2d is None:
-        out2d = torch.empty(a2d.shape, dtype=a.dtype, device=a.device)
+        out2d = torch.empty_like(a2d, memory_format=torch.contiguous_format)
     rows, columns = a2d.shape
     if rows and columns:
         kernel = load_permute(index, stream)
@@ -66,11 +67,18 @@ def permute_on(
             a2d.data_ptr(), order.data_ptr(), out2d.data_ptr(), a2d.stride(0), out2d.stride(0), rows, columns,
             plan.pieces, plan.stage_rows,
         )  # fmt: skip
-        with driver.current(device):  # a new thread has no context yet
-            overlap.launch_after_writes(
-                (order,), None, stream, lambda early: _launch(kernel, plan, parameters, stream, early)
-            )
-    return out2d.view(a.shape) if out is None else out
+
+        def launch(early: bool) -> None:
+            _launch(kernel, plan, parameters, stream, early)
+
+        if driver.is_current(device):
+            overlap.launch_after_writes((order,), None, stream, launch)
+        else:  # a new thread has no context yet
+            with driver.current(device):
+                overlap.launch_after_writes((order,), None, stream, launch)
+    if out is not None:
+        return out
+    return out2d if a.dim() == 2 else out2d.view(a.shape)
 
 
 def load_permute(index: int, stream: int) -> LoadedKernel:
@@ -78,14 +86,22 @@ def load_permute(index: int, stream: int) -> LoadedKernel:
     return load_kernel(default_bundle(), HELPER_ID, index, stream, PARAMETERS)
 
 
+class _Block(threading.local):
+    """Where the driver reads the parameters: one in each thread, because making it takes longer than launching."""
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(SIZE)
+        start = ctypes.addressof(self.memory)
+        self.pointers = (ctypes.c_void_p * len(OFFSETS))(*(start + offset for offset in OFFSETS))
+        self.address = ctypes.addressof(self.pointers)
+
+
+_block = _Block()
+
+
 def _launch(kernel: LoadedKernel, plan: PermutePlan, parameters: bytes, stream: int, early: bool) -> None:
-    block = ctypes.create_string_buffer(parameters, SIZE)
-    start = ctypes.addressof(block)
-    pointers = _Pointers(*(start + offset for offset in OFFSETS))
-    driver.call("cuLaunchKernelEx", _config(plan, stream, early), kernel.handle, ctypes.addressof(pointers), 0)
-
-
-_Pointers = ctypes.c_void_p * len(OFFSETS)
+    _block.memory.raw = parameters
+    driver.call("cuLaunchKernelEx", _config(plan, stream, early), kernel.handle, _block.address, 0)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import machete_aot as machete
-from machete_aot import overlap, permute_abi, permute_plan, qualify_permute, record
+from machete_aot import driver, overlap, permute_abi, permute_plan, qualify_permute, record
 from machete_aot.bundle import open_bundle
 from machete_aot.config import SHARED_PER_SM, SHARED_RESERVED
 from machete_aot.permute import load_permute, permute_on
@@ -270,6 +271,28 @@ def test_devices_and_sizes_of_devices(stub: Stub) -> None:
         permute_on(index, STREAM, matrix(300, 4096), order(4096))
     assert [launch.device for launch in stub.launches] == [1, 0]
     assert {launch.grid for launch in stub.launches} == {make_plan(300, 4096, 78, THREADS, SHARED).grid}
+
+
+@stubbed
+def test_threads_do_not_mix_their_parameters(stub: Stub) -> None:
+    """Nor do they need a context, or leave one behind."""
+    operands = [(matrix(m, 64), order(64), torch.empty(m, 64, dtype=BF16)) for m in range(1, 9)]
+
+    def work(a: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+        for _ in range(30):
+            permute_on(0, STREAM, a, columns, out)
+        assert int(driver.call("cuCtxGetCurrent")) == 0
+
+    with ThreadPoolExecutor(len(operands)) as pool:
+        for future in [pool.submit(work, *given) for given in operands]:
+            future.result()
+    launched = [permute_abi.unpack_params(launch.parameters) for launch in stub.launches]
+    for a, columns, out in operands:
+        mine = [found for found in launched if found["a"] == a.data_ptr()]
+        assert len(mine) == 30
+        for found in mine:
+            assert (found["order"], found["out"]) == (columns.data_ptr(), out.data_ptr())
+            assert found["rows"] == a.shape[0]
 
 
 @stubbed
