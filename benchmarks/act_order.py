@@ -4,7 +4,7 @@
 Microseconds in CUDA graphs of many calls, the median of replays in turns: columns permuted by machete_aot and by torch,
 products of N rows on plain activations, and the same behind either gather. The weights are cold in L2, the activations
 are not, as behind the kernel that has made them. The results are compared with torch's first. Then the host's
-microseconds of a call of either gather, while many are queued.
+microseconds of a call of either gather, while many are queued. ``--ways`` adds what permute_plan.py chooses from.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 import machete_aot as machete
+from machete_aot import driver, permute
 from machete_aot.bench import require_gpu
 from machete_aot.bench_report import device_facts
 from machete_aot.clocks import Monitor
+from machete_aot.permute_plan import direct_plan, make_plan, staged_plan
 from machete_aot.prepack import A_DTYPES
 from machete_aot.timing import Layer, TimedGraph, alternate_us
 
@@ -35,6 +37,8 @@ SIZES = (4096, 14336)  # K
 COLUMNS = 4096  # N of the products
 GATHERS = 100  # in a graph
 ROUNDS = 25
+ROWS_OF_WAYS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+WAYS_OF = ("direct", "staged")
 COLUMNS_OF_TABLE = ("ours", "torch", "product", "ours + product", "torch + product")
 
 
@@ -86,6 +90,29 @@ def measure(layer: Layer, m: int, calls: int, rounds: int) -> dict[str, Any]:
     return {"m": m, "n": layer.weights.n, "k": layer.weights.k, "us": us}
 
 
+def ways(k: int, dtype: torch.dtype, calls: int, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of a gather from global memory and from shared memory, and which the plan prefers, by rows."""
+    device = driver.device(torch.cuda.current_device())
+    threads = permute.load_permute(device.index, 0).info.threads
+    order, rows = torch.randperm(k, device="cuda").to(torch.int32), []
+    for m in ROWS_OF_WAYS:
+        a = torch.randn(m, k, device="cuda").to(dtype)
+        plans = direct_plan(m, k), staged_plan(m, k, device.sms, threads)
+        planned = make_plan(m, k, device.sms, threads, device.shared_memory)
+        graphs = []
+        for plan in plans:
+            permute.make_plan = lambda *_, plan=plan: plan
+            try:
+                check(a, order)
+                graphs.append(gather_graph(machete.permute_columns, a, order, calls))
+            finally:
+                permute.make_plan = make_plan
+        us = [round(value, 2) for value in alternate_us(graphs, rounds)]
+        rows.append({"m": m, "k": k, "direct_us": us[0], "staged_us": us[1], "chosen": WAYS_OF[plans.index(planned)]})
+        print(f"{m:>6}{k:>8}{us[0]:>17.2f}{us[1]:>17.2f}  {rows[-1]['chosen']}", flush=True)
+    return rows
+
+
 def host_us(m: int, k: int, dtype: torch.dtype) -> dict[str, float]:
     """Host microseconds a call."""
     a = torch.randn(m, k, device="cuda").to(dtype)
@@ -129,6 +156,9 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--calls", type=int, default=GATHERS, help="gathers in a graph")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--ways", action="store_true", help="also time both ways of gathering, which permute_plan chooses from"
+    )
     options = parser.parse_args()
     require_gpu()
     monitor = Monitor(torch.cuda.current_device())
@@ -147,6 +177,9 @@ def main() -> None:
         "rows": rows,
         "host_us": host,
     }
+    if options.ways:
+        print(f"{'M':>6}{'K':>8}{'from global':>17}{'from shared':>17}  chosen")
+        record["ways"] = [row for k in options.sizes for row in ways(k, dtype, options.calls, options.rounds)]
     options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

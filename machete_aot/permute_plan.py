@@ -16,8 +16,11 @@ MAX_ROWS = 2**31 - 1
 MAX_COLUMNS = 2**30 - 1  # a row's bytes are counted in 32 bits
 
 # From global memory an SM gathers about one element a clock: the addresses of a warp lie in as many cache lines.
-# Copying rows to shared memory first takes about as long as so many of these clocks. Not measured: reckoned.
-DIRECT_ELEMENTS = 1024  # an SM
+# Copying rows to shared memory first takes some clocks more at once, and then many fewer. Both are reckoned, not
+# measured: `python -m benchmarks.act_order --ways` times either way.
+COPY_CLOCKS = 400  # of one more access to L2 and a barrier
+COPY_BYTES = 64  # a clock of an SM
+
 CTAS_PER_SM = 2  # of 1024 threads; more of fewer have room, and are not needed
 STAGED_BYTES = 64 << 10  # that a CTA copies at a time, if a row is not larger
 LEAST_COPYING = 256  # threads of a CTA that copies rows, even if fewer have columns
@@ -44,10 +47,21 @@ def make_plan(rows: int, columns: int, sms: int, threads: int, shared_memory: in
             f"permute_columns takes {MAX_ROWS} rows and {MAX_COLUMNS} columns at most, got {rows} and {columns}; "
             "split the matrix"
         )
-    total, row_bytes = ceil_div(columns, PIECE), ceil_div(2 * columns, 16) * 16
-    if rows * columns <= sms * DIRECT_ELEMENTS or row_bytes > shared_memory:
-        # A warp a CTA: it is warps on as many SMs as there are that gather fastest.
-        return PermutePlan((ceil_div(total, WARP), min(rows, MAX_GRID_Y), 1), (WARP, 1, 1), 0, WARP, 0)
+    row_bytes = _row_bytes(columns)
+    few = rows * columns <= sms * (COPY_CLOCKS + row_bytes // COPY_BYTES)
+    if few or row_bytes > shared_memory:
+        return direct_plan(rows, columns)
+    return staged_plan(rows, columns, sms, threads)
+
+
+def direct_plan(rows: int, columns: int) -> PermutePlan:
+    """Gathering from global memory. A warp a CTA: warps on as many SMs as there are gather fastest."""
+    return PermutePlan((ceil_div(ceil_div(columns, PIECE), WARP), min(rows, MAX_GRID_Y), 1), (WARP, 1, 1), 0, WARP, 0)
+
+
+def staged_plan(rows: int, columns: int, sms: int, threads: int) -> PermutePlan:
+    """Gathering from shared memory, which a row must fit into."""
+    total, row_bytes = ceil_div(columns, PIECE), _row_bytes(columns)
     # Few rows are divided among CTAs by columns, though each then copies the whole row.
     parts = max(ceil_div(total, threads), min(sms // rows, ceil_div(total, WARP)))
     pieces = ceil_div(total, parts)
@@ -60,3 +74,8 @@ def make_plan(rows: int, columns: int, sms: int, threads: int, shared_memory: in
     return PermutePlan(
         (parts, min(groups, ceil_div(rows, stage_rows)), 1), (block, 1, 1), stage_rows * row_bytes, pieces, stage_rows
     )
+
+
+def _row_bytes(columns: int) -> int:
+    """Of a row in shared memory."""
+    return ceil_div(2 * columns, 16) * 16
