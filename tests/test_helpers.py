@@ -24,6 +24,7 @@ from build_kernels.errors import BuildError, ToolchainError
 from build_kernels.generate import render
 from build_kernels.helpers import HELPERS
 from build_kernels.pack import HelperProduct, write_bundle
+from build_kernels.paths import KERNELS
 from build_kernels.toolchain import find_tools
 from machete_aot import permute_abi, record
 from machete_aot.abi import Field
@@ -212,6 +213,11 @@ def test_parameters_are_aligned_as_the_compiler_aligns_them() -> None:
     assert end == permute_abi.SIZE
     values = {f.name: i - 3 if f.code == "q" else i + 1 for i, f in enumerate(permute_abi.FIELDS)}
     assert permute_abi.unpack_params(permute_abi.pack_params(**values)) == values
+
+
+def test_both_sides_count_columns_in_the_same_pieces() -> None:
+    header = (KERNELS / "permute_columns.cuh").read_text()
+    assert f"constexpr int PERMUTE_PIECE = {permute_abi.PIECE};" in header
 
 
 def test_it_compiles_and_passes_its_checks(tmp_path: Path) -> None:
