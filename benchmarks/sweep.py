@@ -108,7 +108,7 @@ def main() -> None:
         "rows": [],
     }
     for types in options.types:
-        for rows in sweep(known[types], shapes, tokens, 128):
+        for rows in sweep(known[types], shapes, tokens, 32 if known[types].fine else 128):
             record["rows"] += rows
             options.out.write_text(as_lines(record))  # after every shape, so that an interrupted run is not lost
 

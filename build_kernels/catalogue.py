@@ -17,17 +17,16 @@ SYMMETRIC = (
     TypeConfig(a="bf16", b="u4b8", scale="bf16"),
     TypeConfig(a="fp16", b="u4b8", scale="fp16"),
 )
-GENERAL_4 = (
-    TypeConfig(a="bf16", b="u4", scale="bf16", zeros="float"),
-    TypeConfig(a="bf16", b="u4", scale="bf16", zeros="int"),
-    TypeConfig(a="fp16", b="u4", scale="fp16", zeros="any"),
-)
-GENERAL_8 = (
-    TypeConfig(a="bf16", b="u8", scale="bf16", zeros="float"),
-    TypeConfig(a="bf16", b="u8", scale="bf16", zeros="int"),
-    TypeConfig(a="fp16", b="u8", scale="fp16", zeros="any"),
-)
-TYPES = (*SYMMETRIC, *GENERAL_4, *GENERAL_8)
+
+
+def _general(b: str, fine: bool) -> tuple[TypeConfig, ...]:
+    bf16 = tuple(TypeConfig("bf16", b, "bf16", zeros, fine) for zeros in ("float", "int"))
+    return (*bf16, TypeConfig("fp16", b, "fp16", "any", fine))
+
+
+GENERAL_4, GENERAL_8 = _general("u4", fine=False), _general("u8", fine=False)
+FINE_4, FINE_8 = _general("u4", fine=True), _general("u8", fine=True)
+TYPES = (*SYMMETRIC, *GENERAL_4, *GENERAL_8, *FINE_4, *FINE_8)
 
 
 def EVEN(ctas: int) -> int:
@@ -48,9 +47,9 @@ STREAM = (
     ((1, 2,  1,      2,     16,     6,      2),      (1, 2)),
     ((2, 1,  1,      4,     16,     4,      2),      (1, 2, 4)),
     ((1, 2,  1,      2,     32,     6,      1),      (1, 2)),
-    ((1, 1,  1,      4,     32,     4,      2),      (1, 2, 4)),
+    ((1, 1,  1,      4,     32,     4,      2),      (1, 2)),
     ((2, 1,  1,      2,     32,     6,      2),      (1, 2)),
-    ((2, 1,  1,      4,     32,     6,      1),      (1, 2, 4)),
+    ((2, 1,  1,      4,     32,     6,      1),      (1, 2)),
     ((1, 2,  1,      2,     64,     5,      1),      (1, 2)),
     ((2, 1,  1,      2,     64,     6,      1),      (1, 2, 4)),
     ((2, 1,  1,      2,     128,    4,      1),      (1, 2, 4)),
@@ -70,39 +69,70 @@ FLAT = (
     ((2, 1,  1,      2,     256,    3,      1, 2),   (EVEN(1),)),
 )
 STREAM_4 = (
-    ((1, 2,  1,      2,     8,      7,      2),      (1, 2)),
-    ((2, 1,  1,      4,     8,      4,      2),      (1, 2, 4)),
-    ((1, 2,  1,      2,     16,     5,      2),      (1, 2)),
-    ((2, 1,  1,      4,     16,     3,      2),      (1, 2)),
-    ((1, 2,  1,      2,     32,     3,      2),      (1, 2)),
-    ((2, 1,  1,      4,     32,     5,      1),      (1, 2, 4)),
+    ((1, 2,  1,      2,     8,      8,      2),      (1, 2)),
+    ((2, 1,  1,      4,     8,      5,      2),      (1, 2)),
+    ((1, 2,  1,      2,     16,     6,      2),      (1, 2)),
+    ((2, 1,  1,      4,     16,     4,      2),      (1,)),
+    ((1, 2,  1,      2,     32,     6,      1),      (1, 2)),
+    ((1, 1,  1,      4,     32,     4,      2),      (1, 2)),
+    ((2, 1,  1,      4,     32,     5,      1),      (1, 2)),
     ((1, 2,  1,      2,     64,     4,      1),      (1, 2)),
-    ((2, 1,  1,      2,     64,     7,      1),      (1, 2)),
+    ((2, 1,  1,      2,     64,     6,      1),      (1, 2)),
     ((2, 1,  1,      2,     128,    4,      1),      (1, 2)),
 )
 FLAT_4 = (
-    ((2, 1,  2,      2,     64,     6,      1),      (EVEN(1),)),
+    ((2, 1,  1,      4,     32,     3,      2),      (1,)),
     ((2, 1,  1,      2,     128,    5,      1),      (EVEN(1),)),
     ((3, 1,  1,      2,     128,    4,      1),      (1,)),
     ((2, 1,  2,      2,     128,    4,      1),      (1, EVEN(1))),
     ((2, 1,  1,      2,     256,    3,      1),      (1, EVEN(1))),
 )
+# fp16's conversion needs more registers than these have; its tile of 64 tokens has fewer warps.
+STREAM_BF16_4 = (
+    ((2, 1,  1,      2,     32,     5,      2),      (1, 2)),
+)
+FLAT_BF16_4 = (
+    ((4, 1,  1,      2,     64,     6,      1),      (EVEN(1),)),
+)
+FLAT_FP16_4 = (
+    ((2, 1,  2,      2,     64,     6,      1),      (EVEN(1),)),
+)
 # 8 bits: mostly half the units of k, so that a step has as many bytes.
 STREAM_8 = (
-    ((1, 2,  1,      2,     8,      4,      2),      (1, 2)),
+    ((1, 2,  1,      2,     8,      5,      2),      (1, 2)),
     ((2, 1,  1,      2,     8,      5,      2),      (1, 2, 4)),
     ((1, 2,  1,      2,     16,     4,      2),      (1, 2)),
     ((2, 1,  1,      2,     32,     8,      1),      (1, 2, 4)),
     ((1, 2,  1,      2,     64,     4,      1),      (1, 2)),
-    ((2, 1,  1,      2,     64,     5,      1),      (1, 2)),
+    ((2, 1,  1,      2,     64,     6,      1),      (1, 2)),
     ((2, 1,  1,      2,     128,    3,      1),      (1, 2)),
 )
 FLAT_8 = (
-    ((1, 1,  2,      2,     32,     4,      2),      (EVEN(2),)),
     ((1, 1,  2,      2,     64,     3,      2),      (1,)),
     ((2, 1,  1,      2,     128,    4,      1),      (1, EVEN(1))),
     ((3, 1,  1,      2,     128,    3,      1),      (1, EVEN(1))),
     ((2, 1,  2,      2,     128,    3,      1),      (1, EVEN(1))),
+)
+# Groups of k that are no multiples of 64: a few tiles for all sizes.
+STREAM_FINE_4 = (
+    ((1, 2,  1,      2,     8,      7,      2),      (1, 2)),
+    ((2, 1,  1,      4,     8,      4,      2),      (1, 2, 4)),
+    ((1, 2,  1,      2,     16,     5,      2),      (1, 2)),
+    ((1, 2,  1,      2,     32,     5,      1),      (1, 2)),
+    ((2, 1,  1,      2,     32,     5,      2),      (1, 2)),
+    ((2, 1,  1,      2,     64,     6,      1),      (1, 2)),
+)
+FLAT_FINE_4 = (
+    ((4, 1,  1,      2,     64,     5,      1),      (EVEN(1),)),
+    ((2, 1,  1,      2,     128,    5,      1),      (1, EVEN(1))),
+)
+STREAM_FINE_8 = (
+    ((1, 2,  1,      2,     8,      8,      1),      (1, 2)),
+    ((2, 1,  1,      2,     32,     7,      1),      (1, 2)),
+    ((2, 1,  1,      2,     64,     5,      1),      (1, 2)),
+)
+FLAT_FINE_8 = (
+    ((2, 1,  1,      2,     128,    4,      1),      (1, EVEN(1))),
 )
 # fmt: on
 
@@ -123,8 +153,15 @@ IMPLEMENTATIONS = (
     _implementation(SYMMETRIC, "flat", FLAT),
     _implementation(GENERAL_4, "stream", STREAM_4),
     _implementation(GENERAL_4, "flat", FLAT_4),
+    _implementation(GENERAL_4[:2], "stream", STREAM_BF16_4),
+    _implementation(GENERAL_4[:2], "flat", FLAT_BF16_4),
+    _implementation(GENERAL_4[2:], "flat", FLAT_FP16_4),
     _implementation(GENERAL_8, "stream", STREAM_8),
     _implementation(GENERAL_8, "flat", FLAT_8),
+    _implementation(FINE_4, "stream", STREAM_FINE_4),
+    _implementation(FINE_4, "flat", FLAT_FINE_4),
+    _implementation(FINE_8, "stream", STREAM_FINE_8),
+    _implementation(FINE_8, "flat", FLAT_FINE_8),
 )
 
 

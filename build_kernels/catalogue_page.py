@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from machete_aot.bundle import Bundle
-from machete_aot.config import UNIT_K, TileConfig, TypeConfig
+from machete_aot.config import BLOCK_K, UNIT_K, TileConfig, TypeConfig
 from machete_aot.manifest import KernelInfo, Manifest
 
 from .errors import BuildError
@@ -71,9 +71,9 @@ def write_page(bundle: Bundle, path: Path = PAGE) -> Path:
 
 def _groups(manifest: Manifest) -> tuple[tuple[TypeConfig, ...], ...]:
     """The types, those together that keep the same things in shared memory: their kernels have the same tiles."""
-    found: dict[tuple[bool, int], list[TypeConfig]] = {}
+    found: dict[tuple[int, int], list[TypeConfig]] = {}
     for types in manifest.types:
-        found.setdefault((types.general, types.weight_bits), []).append(types)
+        found.setdefault((types.aux_rows, types.weight_bits), []).append(types)
     return tuple(tuple(found[key]) for key in sorted(found))
 
 
@@ -92,9 +92,16 @@ def _kernels(manifest: Manifest, tile: TileConfig, group: Sequence[TypeConfig]) 
 
 def _types(manifest: Manifest) -> str:
     rows = [
-        (f"`{t.name}`", t.a, f"`{t.b}`", t.scale, t.zeros, f"{len(manifest.kernels_for(t))}") for t in manifest.types
+        (f"`{t.name}`", t.a, f"`{t.b}`", t.scale, t.zeros, _group_sizes(t), f"{len(manifest.kernels_for(t))}")
+        for t in manifest.types
     ]
-    return "## Types\n" + _table(("types", "activations, output", "weights", "scales", "zero points", "kernels"), rows)
+    return "## Types\n" + _table(
+        ("types", "activations, output", "weights", "scales", "zero points", "group sizes", "kernels"), rows
+    )
+
+
+def _group_sizes(types: TypeConfig) -> str:
+    return f"others of {BLOCK_K}" if types.fine else f"multiples of {UNIT_K}, one group"
 
 
 def _family(manifest: Manifest, family: str, group: Sequence[TypeConfig]) -> str:

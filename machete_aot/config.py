@@ -31,17 +31,19 @@ class TypeConfig:
     """Types of a kernel. ``a``: activations and bias, ``b``: weights, ``scale``: group scales.
 
     ``zeros``: which zero points it subtracts. "none": those of ``b`` alone; "float": floating ones, or a constant;
-    "int": integer ones; "any": all of these.
+    "int": integer ones; "any": all of these. ``fine``: of groups that may begin inside a unit of 64 k, else of others.
     """
 
     a: str  # "bf16" or "fp16"
     b: str  # name of a ScalarType
     scale: str  # same names as a
     zeros: str = "none"
+    fine: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.a}_{self.b}" + ("" if self.zeros == "none" else f"_{self.zeros}")
+        zeros = "" if self.zeros == "none" else f"_{self.zeros}"
+        return f"{self.a}_{self.b}{zeros}" + ("_fine" if self.fine else "")
 
     @property
     def weight_bits(self) -> int:
@@ -50,7 +52,7 @@ class TypeConfig:
 
     @property
     def general(self) -> bool:
-        """Whether a unit has its zeros and the scales of both of its halves in shared memory, not one row of scales."""
+        """Whether a unit has zeros in shared memory beside its scales."""
         return self.zeros != "none"
 
     @property
@@ -60,8 +62,8 @@ class TypeConfig:
 
     @property
     def aux_rows(self) -> int:
-        """Rows of scales, and of zeros, that a unit has in shared memory."""
-        return 4 if self.general else 1
+        """Rows of scales, and of zeros, that a unit has in shared memory: of fine groups for each of its halves."""
+        return 4 if self.fine else 2 if self.general else 1
 
     @property
     def zero_bytes(self) -> int:
@@ -88,7 +90,7 @@ class ProductTypes:
         if code.bias and self.zeros != "none":  # its zero point is a constant in the kernels
             return ()
         kind = "any" if self.a == "fp16" else "int" if self.zeros == "int" else "float"
-        general = TypeConfig(self.a, f"u{code.bits}", self.a, kind)
+        general = TypeConfig(self.a, f"u{code.bits}", self.a, kind, self.fine)
         if self.b == "u4b8" and not self.fine:
             return TypeConfig(self.a, self.b, self.a), general
         return (general,)
@@ -139,7 +141,7 @@ class TileConfig:
     @property
     def threads(self) -> int:
         consumers = WARPGROUP * self.row_warpgroups * self.k_warpgroups
-        return consumers + (64 if self.family == "stream" else WARPGROUP)
+        return consumers + (96 if self.family == "stream" else WARPGROUP)
 
     @property
     def name(self) -> str:

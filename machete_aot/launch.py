@@ -26,7 +26,7 @@ from .tensor_map import TensorMapArgs
 
 MAX_INT32 = 2**31 - 1
 MAX_K = 2**27  # the kernels divide numbers of rows of scales in fp32, which is exact below 2^21 of them; a row is 64 k,
-MAX_K_GENERAL = 2**26  # or 32 in the general types
+MAX_K_FINE = 2**26  # or 32 in the types of fine groups
 MAX_GRID_Y = 65535
 
 _tokens = itertools.count(secrets.randbits(64))  # so that chance does not find one in memory that was never cleared
@@ -336,7 +336,7 @@ def _check_limits(shape: Shape, types: TypeConfig) -> None:
     limits = {
         "m": MAX_INT32,
         "n": MAX_INT32,
-        "k": (MAX_K_GENERAL if types.general else MAX_K) - 1,
+        "k": (MAX_K_FINE if types.fine else MAX_K) - 1,
         "scale_stride": MAX_INT32,
         "zero_stride": MAX_INT32,
         "out_stride": MAX_INT32,

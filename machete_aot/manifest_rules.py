@@ -140,12 +140,14 @@ def _type_violations(types: TypeConfig) -> tuple[str, ...]:
     found = [
         f"types.{field.name}: {value[:80]!r} is not the name of a type"
         for field in dataclasses.fields(types)
-        if not _TYPE.match(value := getattr(types, field.name))
+        if isinstance(value := getattr(types, field.name), str) and not _TYPE.match(value)
     ]
     if types.b not in SCALAR_TYPES:
         found.append(f"types.b: {types.b[:80]!r} is none of {', '.join(SCALAR_TYPES)}")
     if types.zeros not in _ZEROS:
         found.append(f"types.zeros: {types.zeros[:80]!r} is none of {', '.join(_ZEROS)}")
+    if types.fine and not types.general:
+        found.append("types.fine: true of types without zero points")
     return tuple(found)
 
 

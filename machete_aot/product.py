@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -278,10 +279,9 @@ def _held(bundle: Bundle) -> str:
     """What products the bundle's kernels compute, by the kernels' types."""
     found = []
     for types in bundle.manifest.types:
-        served = [p for p in PRODUCTS if bundle.manifest.types_for(p) == types]
-        names = ", ".join(dict.fromkeys(str(p) for p in served if not p.fine)) or ", ".join(map(str, served))
-        multiple = BLOCK_K if any(p.fine for p in served) else UNIT_K
-        found.append(f"{types.name} for {names} (groups: multiples of {multiple}, or one)")
+        served = [replace(p, fine=False) for p in PRODUCTS if bundle.manifest.types_for(p) == types]
+        groups = f"other multiples of {BLOCK_K}" if types.fine else f"multiples of {UNIT_K}, or one"
+        found.append(f"{types.name} for {', '.join(map(str, served))} (groups: {groups})")
     return "; ".join(found)
 
 

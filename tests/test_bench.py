@@ -301,7 +301,7 @@ def test_all_kinds_of_weights_are_multiplied_by_what_they_stand_for(
 def test_a_sweep_multiplies_by_weights_that_no_better_kernels_serve() -> None:
     for swept in catalogue.TYPES:
         kind = sweep.kind_of(swept)
-        assert ProductTypes(swept.a, kind.b_type.name, kind.zeros, fine=False).kernel_types()[0] == swept
+        assert ProductTypes(swept.a, kind.b_type.name, kind.zeros, swept.fine).kernel_types()[0] == swept
 
 
 @pytest.mark.parametrize("group", [-1, 64])
@@ -376,7 +376,7 @@ def test_other_weights_are_benched(no_gpu: None, name: str) -> None:
     for row in bench.run(plan, [Cublas(), FakePeer("good", good)], device="cpu"):
         assert (row.ours.us, row.peers[CUBLAS].us, row.peers["good"].us) == (10, 20, 30)
         assert row.floor_us == floor_us(row.m, row.n, row.k, 32, kind=KINDS[name])
-        types = f"{'u8' if name[1] == '8' else 'u4'}_{'int' if 'int' in name else 'float'}"
+        types = f"{'u8' if name[1] == '8' else 'u4'}_{'int' if 'int' in name else 'float'}_fine"
         assert row.schedule in {s.name for t, s in catalogue.typed_schedules() if t.name == f"bf16_{types}"}
 
 

@@ -236,7 +236,8 @@ def test_explain_of_what_the_bundle_lacks(capsys: pytest.CaptureFixture[str]) ->
 def test_explain_of_other_types(capsys: pytest.CaptureFixture[str], embedded: Bundle) -> None:
     for types, arguments in (
         ("bf16_u4b8", ()),
-        ("bf16_u4_float", ("--group", 32)),
+        ("bf16_u4_float_fine", ("--group", 32)),
+        ("bf16_u4_float", ("--b", "u4", "--group", 64)),
         ("fp16_u8_any", ("--a", "fp16", "--b", "u8", "--zeros", "int")),
         ("bf16_u8_float", ("--b", "u8b128", "--batch-invariant")),
     ):

@@ -129,7 +129,7 @@ def test_a_good_kernel_passes(good: Path) -> None:
     assert problems == []
     cubin = read_cubin((good / f"{KERNEL.id}.cubin").read_bytes())
     assert cubin.entries == (KERNEL.symbol,)
-    assert (cubin.abi, cubin.parameters, cubin.max_threads, cubin.frame) == (ELF_ABI, PARAMETERS, 320, 0)
+    assert (cubin.abi, cubin.parameters, cubin.max_threads, cubin.frame) == (ELF_ABI, PARAMETERS, 352, 0)
     assert report == Report(cubin.registers, 0, 0)
     assert 8 <= report.registers <= 96
     assert disassemble(good / f"{KERNEL.id}.cubin").matrix_shapes == ("64x8x16",)

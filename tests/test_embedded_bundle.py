@@ -95,16 +95,20 @@ def test_the_page_of_the_catalogue_shows_what_the_manifest_says(bundle: Bundle, 
             continue
         name = cells[0].strip("`")
         types = list(dict.fromkeys(cell.split("`")[1] for cell in head if "`" in cell))
-        kernels = [manifest.kernel(f"{t}__{name}") for t in types]
+        by_id = {k.id: k for k in manifest.kernels}
+        kernels = [by_id.get(f"{t}__{name}") for t in types]  # some types lack the tile
+        there = [k for k in kernels if k]
+        assert there
         if head[1].startswith("frame"):
-            assert cells[1:] == [f"{n:,}" for k in kernels for n in (k.frame.length, k.cubin.size)]
+            pairs = [(f"{k.frame.length:,}", f"{k.cubin.size:,}") if k else ("-", "-") for k in kernels]
+            assert cells[1:] == [cell for pair in pairs for cell in pair]
             continue
-        seen.update(k.id for k in kernels)
-        for kernel in kernels:
+        seen.update(k.id for k in there)
+        for kernel in there:
             endings = [s.name.removeprefix(name) for s in manifest.schedules_of(kernel)]
             shared = max(kernel.tile.shared_memory(s.split, kernel.types) for s in manifest.schedules_of(kernel))
             assert cells[7] == f"{shared:,}" and cells[-1] == " ".join(f"`{e}`" for e in endings)
-        assert cells[8:-1] == [str(k.registers) for k in kernels]
+        assert cells[8:-1] == [str(k.registers) if k else "-" for k in kernels]
     assert seen == {k.id for k in manifest.kernels}
     page = tmp_path / "catalogue.md"
     with pytest.raises(BuildError, match="out of date"):

@@ -228,15 +228,24 @@ def test_flags_are_bits_of_their_own() -> None:
     assert sorted(flags) == [1 << i for i in range(len(flags))]
 
 
-def test_general_types_need_more_shared_memory_and_take_a_shorter_k() -> None:
-    general = replace(kernel(NARROW), types=TypeConfig("bf16", "u8", "bf16", "float"))
-    made = make_plan(general, ScheduleConfig(NARROW, 2), shape(2, 128, 4096, zero_stride=128, code_zero=128), sms=132)
-    stage = 4 * 8 * 128 + 4 * 2 * 4096 + 4 * 128 * 8  # activations, weights, two rows of scales and two of zeros
-    assert made.shared_memory == 5 * stage + 128 + 4096 // 2  # barriers, and half of the slabs, from the other CTA
-    assert (made.params["zero_stride"], made.params["code_zero"]) == (128, 128)
+def test_general_types_need_more_shared_memory_and_fine_ones_take_a_shorter_k() -> None:
+    plain = kernel(NARROW)
+    general, fine = (replace(plain, types=TypeConfig("bf16", "u8", "bf16", "float", f)) for f in (False, True))
+    for types, aux in (
+        (general, 4 * 128 * 4),  # a row of scales and one of zeros in each unit
+        (fine, 4 * 128 * 8),  # two of each
+    ):
+        made = make_plan(types, ScheduleConfig(NARROW, 2), shape(2, 128, 4096, zero_stride=128, code_zero=128), sms=132)
+        stage = 4 * 8 * 128 + 4 * 2 * 4096 + aux  # activations, weights, scales and zeros
+        assert made.shared_memory == 5 * stage + 128 + 4096 // 2  # barriers, and half of the slabs, from the other CTA
+        assert (made.params["zero_stride"], made.params["code_zero"]) == (128, 128)
     with pytest.raises(ArgumentError, match="k = 67108864"):
-        make_plan(general, ScheduleConfig(NARROW, 1), shape(1, 128, 2**26), sms=132)
-    make_plan(kernel(NARROW), ScheduleConfig(NARROW, 1), shape(1, 128, 2**26), sms=132)
+        make_plan(fine, ScheduleConfig(NARROW, 1), shape(1, 128, 2**26), sms=132)
+    make_plan(fine, ScheduleConfig(NARROW, 1), shape(1, 128, 2**26 - 64), sms=132)
+    for types in (plain, general):
+        make_plan(types, ScheduleConfig(NARROW, 1), shape(1, 128, 2**26), sms=132)
+        with pytest.raises(ArgumentError, match="k = 134217728"):
+            make_plan(types, ScheduleConfig(NARROW, 1), shape(1, 128, 2**27), sms=132)
     with pytest.raises(ArgumentError, match="zero_stride"):
         make_plan(general, ScheduleConfig(NARROW, 1), shape(1, 128, 128, zero_stride=2**31), sms=132)
 
@@ -270,7 +279,7 @@ def test_aligned_launch(stub: Stub) -> None:
     assert run(NARROW, 2, shape(8, 8192, 4096, row_stride=4104, out_stride=8200), operands) == []
     (launch,) = stub.launches
     assert launch.symbol == f"machete_bf16_u4b8__{NARROW.name}"
-    assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (320, 1, 1), (2, 1, 1))
+    assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (352, 1, 1), (2, 1, 1))
     assert launch.shared_memory == OVER_HALF > NARROW.shared_memory(2, BF16)
     assert (launch.device, launch.stream, launch.programmatic, launch.attributes) == (0, STREAM, False, 1)
     assert launch.tensor_map == (

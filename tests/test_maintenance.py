@@ -265,7 +265,7 @@ def test_the_table_of_a_plan() -> None:
     stream = KERNELS[[k.tile.family for k in KERNELS].index("stream")]
     (line,) = [text for text in lines if text.startswith(stream.id)]
     one, two = (stream.tile.shared_memory(split, stream.types) for split in (1, 2))
-    assert line.split()[1:] == ["320", f"{two:,}", "x1", "x2"]
+    assert line.split()[1:] == ["352", f"{two:,}", "x1", "x2"]
     assert two > one
 
 
@@ -446,7 +446,7 @@ def test_a_bundle_of_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bundle_of_an_older_schema_is_named_as_such(tmp_path: Path) -> None:
-    text = small_bundle()[1].replace(f'"schema": {SCHEMA}'.encode(), b'"schema": 1')
+    text = small_bundle()[1].replace(f'"schema":{SCHEMA}'.encode(), b'"schema":1')
     path = tmp_path / "old.zip"
     path.write_bytes(rewritten(text)[0])
     with pytest.raises(BuildError, match=f"schema 1, where this checkout reads {SCHEMA}"):

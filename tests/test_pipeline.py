@@ -84,8 +84,19 @@ def test_types_that_share_a_tile_keep_their_own_schedules() -> None:
     tile = TileConfig("stream", 2, 1, 1, 2, 128, 4, 1)
     for types, splits in ((catalogue.SYMMETRIC[0], {1, 2, 4}), (catalogue.GENERAL_4[0], {1, 2})):
         assert {s.split for s in by_types[types] if s.tile == tile} == splits
-    for group in (catalogue.SYMMETRIC, catalogue.GENERAL_4, catalogue.GENERAL_8):
+    for group in (
+        *(catalogue.SYMMETRIC, catalogue.GENERAL_4[:2], catalogue.GENERAL_8),
+        *(catalogue.FINE_4, catalogue.FINE_8),
+    ):
         assert len({frozenset(by_types[types]) for types in group}) == 1
+    bf16, fp16 = by_types[catalogue.GENERAL_4[0]], by_types[catalogue.GENERAL_4[2]]
+    assert {s.tile for s in bf16 - fp16} == {
+        *(TileConfig("stream", *tile) for tile, _ in catalogue.STREAM_BF16_4),
+        *(TileConfig("flat", *tile) for tile, _ in catalogue.FLAT_BF16_4),
+    }
+    assert {s.tile for s in fp16 - bf16} == {TileConfig("flat", *tile) for tile, _ in catalogue.FLAT_FP16_4}
+    assert not {s.tile for s in bf16 - fp16} & {s.tile for s in fp16}
+    assert not {s.tile for s in fp16 - bf16} & {s.tile for s in bf16}
     assert {s for _, s in catalogue.typed_schedules()} == set(catalogue.schedules())
 
 
@@ -100,7 +111,10 @@ def test_catalogue_tiles_are_such_as_the_headers_take(kernel: Specialization) ->
 
 @pytest.mark.parametrize(
     ("types", "unit_bytes", "aux"),
-    [("bf16_u4b8", 2048, 2), ("bf16_u4_float", 2048, 8), ("bf16_u8_int", 4096, 8), ("fp16_u8_any", 4096, 8)],
+    [
+        *(("bf16_u4b8", 2048, 2), ("bf16_u4_float", 2048, 4), ("bf16_u8_int", 4096, 4), ("fp16_u8_any", 4096, 4)),
+        *(("bf16_u4_float_fine", 2048, 8), ("fp16_u8_any_fine", 4096, 8)),
+    ],
 )
 def test_storage_of_a_tile(types: str, unit_bytes: int, aux: int) -> None:
     """By hand: 3 stages of 4 units of 128 rows and 16 tokens; ``aux`` bytes a row and unit for scales and zeros."""
@@ -113,7 +127,7 @@ def test_storage_of_a_tile(types: str, unit_bytes: int, aux: int) -> None:
     assert tile.shared_memory(2, config) == ring + 128 + 1 * 4 * slab  # half of 8 slabs from one other worker
     assert tile.shared_memory(4, config) == ring + 128 + 3 * 2 * slab
     text = render(Specialization(config, tile, (1, 4)))
-    assert f"/*unit_bytes*/ {unit_bytes}, /*aux_rows*/ {1 if aux == 2 else 4}>;" in text
+    assert f"/*unit_bytes*/ {unit_bytes}, /*aux_rows*/ {aux // 2}>;" in text
     assert f"shared_memory<Tile>(4) == {tile.shared_memory(4, config)});" in text
 
 
@@ -214,7 +228,7 @@ def test_generated_source() -> None:
         *(("units", "2"), ("tokens", "8"), ("stages", "8"), ("ctas_per_sm", "2"), ("unit_bytes", "2048")),
         ("aux_rows", "1"),
     ]
-    for fact in ("THREADS == 320", "ROWS == 64", "STEP_UNITS == 4"):
+    for fact in ("THREADS == 352", "ROWS == 64", "STEP_UNITS == 4"):
         assert f"static_assert(Tile::{fact});\n" in text
     for split in KERNEL.splits:
         assert (

@@ -83,7 +83,7 @@ def test_products_of_these_tokens_load_nothing(stub: Stub) -> None:
     on_stub(stub)
     model, tokens = Model(), (1, 7, 64, 300)
     loaded = machete.warmup(model, tokens=iter(tokens), device=0)
-    assert kinds(loaded) == {"bf16_u4b8", "fp16_u4b8", "bf16_u4_int"}
+    assert kinds(loaded) == {"bf16_u4b8", "fp16_u4b8", "bf16_u4_int_fine"}
     assert len(set(loaded)) == len(loaded) == stub.calls("cuLibraryLoadData") == stub.calls("cuKernelGetFunction")
     stub.set(capturing=1)  # where loading is an error
     for m in tokens:
@@ -116,7 +116,7 @@ def test_without_tokens_no_product_of_any_size_loads_anything(stub: Stub) -> Non
     loaded = machete.warmup(model, device=0)
     wanted = {
         BUNDLE.manifest.kernel_for(t, s.name).id
-        for t in (BF16, FP16, next(t for t in GENERAL if t.name == "bf16_u4_int"))
+        for t in (BF16, FP16, next(t for t in GENERAL if t.name == "bf16_u4_int_fine"))
         for s in BUNDLE.manifest.schedules_for(t)
     }
     assert set(loaded) == wanted and len(loaded) == len(wanted) == stub.calls("cuLibraryLoadData")
@@ -164,7 +164,7 @@ def test_batch_invariant_layers(stub: Stub) -> None:
 def test_layers_of_one_group_that_is_no_multiple_of_64(stub: Stub) -> None:
     """One group needs none of the kernels for fine groups, several do."""
     on_stub(stub)
-    for group, types in ((96, "bf16_u4_float"), (-1, "bf16_u4b8")):
+    for group, types in ((96, "bf16_u4_float_fine"), (-1, "bf16_u4b8")):
         made = MacheteLinear(96 * 5, 256, u4b8, group)
         assert kinds(machete.warmup(made, tokens=[3], device=0)) == kinds(machete.warmup(made, device=0)) == {types}
     assert machete.warmup(MacheteLinear(96, 256, u4b8, 96), tokens=[1], device=0)[0].startswith("bf16_u4b8__")

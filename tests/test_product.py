@@ -16,6 +16,7 @@ from machete_aot import abi, driver, product
 from machete_aot.config import PRODUCTS, ProductTypes
 from machete_aot.operands import aligned_rows, row_stride, run_kernel
 from machete_aot.part import H100
+from machete_aot.placement import OVER_HALF
 from machete_aot.product import kernel_types
 from machete_aot.validate import check_gemm
 from quantised import gptq, random_codes
@@ -300,7 +301,7 @@ def test_warmup_loads_what_the_product_will_need(stub: Stub) -> None:
         return {name.split("__")[0] for name in names}
 
     assert loaded(machete.u4b8, 512) == {"bf16_u4b8"}
-    assert loaded(machete.u4b8, 512, b_group_size=96) == {"bf16_u4_float"}
+    assert loaded(machete.u4b8, 512, b_group_size=96) == {"bf16_u4_float_fine"}
     assert loaded(machete.u4b8, 64, b_group_size=96) == {"bf16_u4b8"}  # one group
     assert loaded(machete.u4, 512, with_zeros="int") == {"bf16_u4_int"}
     assert loaded(machete.u8, 512, with_zeros=True) == loaded(machete.u8b128, 512) == {"bf16_u8_float"}
@@ -338,29 +339,29 @@ def test_supported_schedules() -> None:
     ("b", "zeros", "fine", "bf16", "fp16"),
     [
         ("u4b8", "none", False, "u4b8 u4_float", "u4b8 u4_any"),
-        ("u4b8", "none", True, "u4_float", "u4_any"),
+        ("u4b8", "none", True, "u4_float_fine", "u4_any_fine"),
         ("u4b8", "float", False, "", ""),
         ("u4b8", "float", True, "", ""),
         ("u4b8", "int", False, "", ""),
         ("u4b8", "int", True, "", ""),
         ("u8b128", "none", False, "u8_float", "u8_any"),
-        ("u8b128", "none", True, "u8_float", "u8_any"),
+        ("u8b128", "none", True, "u8_float_fine", "u8_any_fine"),
         ("u8b128", "float", False, "", ""),
         ("u8b128", "float", True, "", ""),
         ("u8b128", "int", False, "", ""),
         ("u8b128", "int", True, "", ""),
         ("u4", "none", False, "u4_float", "u4_any"),
-        ("u4", "none", True, "u4_float", "u4_any"),
+        ("u4", "none", True, "u4_float_fine", "u4_any_fine"),
         ("u4", "float", False, "u4_float", "u4_any"),
-        ("u4", "float", True, "u4_float", "u4_any"),
+        ("u4", "float", True, "u4_float_fine", "u4_any_fine"),
         ("u4", "int", False, "u4_int", "u4_any"),
-        ("u4", "int", True, "u4_int", "u4_any"),
+        ("u4", "int", True, "u4_int_fine", "u4_any_fine"),
         ("u8", "none", False, "u8_float", "u8_any"),
-        ("u8", "none", True, "u8_float", "u8_any"),
+        ("u8", "none", True, "u8_float_fine", "u8_any_fine"),
         ("u8", "float", False, "u8_float", "u8_any"),
-        ("u8", "float", True, "u8_float", "u8_any"),
+        ("u8", "float", True, "u8_float_fine", "u8_any_fine"),
         ("u8", "int", False, "u8_int", "u8_any"),
-        ("u8", "int", True, "u8_int", "u8_any"),
+        ("u8", "int", True, "u8_int_fine", "u8_any_fine"),
     ],
 )
 def test_which_kernels_serve_a_product(b: str, zeros: str, fine: bool, bf16: str, fp16: str) -> None:
@@ -370,6 +371,7 @@ def test_which_kernels_serve_a_product(b: str, zeros: str, fine: bool, bf16: str
         names = [f"{a}_{name}" for name in wanted.split()]
         assert [t.name for t in asked.kernel_types()] == names
         assert all((t.scale, t.weight_bits, t.general) == (a, int(b[1]), t.b != "u4b8") for t in asked.kernel_types())
+        assert all(t.fine == fine for t in asked.kernel_types())
         best = BUNDLE.manifest.types_for(asked)
         assert (best and best.name) == (names[0] if names else None)
         only = SYMMETRIC.manifest.types_for(asked)
@@ -402,10 +404,14 @@ def test_general_kernels_are_listed_with_all_that_they_serve() -> None:
     with pytest.raises(machete.UnsupportedError) as caught:
         kernel_types(BUNDLE, ProductTypes("bf16", "u4b8", "float", False))
     message = str(caught.value)
+    assert "no multiple of 64" not in message
     for held in (
-        "bf16_u4_float for bf16 x u4, bf16 x u4 with floating zeros (groups: multiples of 32, or one)",
-        "bf16_u4_int for bf16 x u4 with integer zeros (groups: multiples of 32, or one)",
+        "bf16_u4_float for bf16 x u4, bf16 x u4 with floating zeros (groups: multiples of 64, or one)",
+        "bf16_u4_int for bf16 x u4 with integer zeros (groups: multiples of 64, or one)",
         "fp16_u8_any for fp16 x u8b128, fp16 x u8, fp16 x u8 with floating zeros, fp16 x u8 with integer zeros (",
+        "bf16_u4_float_fine for bf16 x u4b8, bf16 x u4, bf16 x u4 with floating zeros (groups: other multiples of 32)",
+        "bf16_u8_int_fine for bf16 x u8 with integer zeros (groups: other multiples of 32)",
+        "fp16_u8_any_fine for fp16 x u8b128, fp16 x u8, fp16 x u8 with floating zeros, fp16 x u8 with integer zeros (",
     ):
         assert held in message
 
@@ -422,7 +428,7 @@ def test_zeros_and_codes_of_zero(stub: Stub) -> None:
     a, zeros = u4.acts(2), torch.rand(4, 256).bfloat16()
     launch = u4.run(stub, a, zeros=zeros)
     assert launch.symbol == f"machete_bf16_u4_float__{NARROW.name}"
-    assert launch.shared_memory == NARROW.shared_memory(1, GENERAL[0])
+    assert launch.shared_memory == OVER_HALF > NARROW.shared_memory(1, GENERAL[0]) > NARROW.shared_memory(1, BF16)
     params = abi.unpack_params(launch.parameters[128:])
     assert (params["zeros"], params["zero_stride"], params["code_zero"]) == (zeros.data_ptr(), 256, 0)
     assert not params["flags"] & abi.FLAG_INTEGER_ZEROS
@@ -452,11 +458,11 @@ def test_zeros_and_codes_of_zero(stub: Stub) -> None:
 
 
 @stubbed
-def test_fine_groups_go_to_the_general_kernels(stub: Stub) -> None:
+def test_fine_groups_go_to_kernels_of_their_own(stub: Stub) -> None:
     for group, k, symbol, blocks in (
         (128, 512, "u4b8", 4),
-        (96, 512, "u4_float", 3),
-        (32, 512, "u4_float", 1),
+        (96, 512, "u4_float_fine", 3),
+        (32, 512, "u4_float_fine", 1),
         (96, 96, "u4b8", 3),  # one group
         (96, 90, "u4b8", 3),
     ):
@@ -464,6 +470,9 @@ def test_fine_groups_go_to_the_general_kernels(stub: Stub) -> None:
         assert launch.symbol == f"machete_bf16_{symbol}__{NARROW.name}"
         params = abi.unpack_params(launch.parameters[128:])
         assert (params["group_blocks"], params["code_zero"]) == (blocks, 8)
+        needed = NARROW.shared_memory(1, GENERAL[6] if symbol.endswith("_fine") else BF16)
+        assert launch.shared_memory == max(needed, OVER_HALF)
+    assert GENERAL[6].name == "bf16_u4_float_fine" and NARROW.shared_memory(1, GENERAL[6]) > OVER_HALF
 
 
 @pytest.mark.parametrize("kind", ["float", "uint8", "int32"])
@@ -542,7 +551,7 @@ def test_explain_follows_the_types() -> None:
         return machete.explain(4, 256, 512, torch.bfloat16, **options).types
 
     assert types(b_type=machete.u4b8) == "bf16_u4b8"
-    assert types(b_type=machete.u4b8, b_group_size=96) == "bf16_u4_float"
+    assert types(b_type=machete.u4b8, b_group_size=96) == "bf16_u4_float_fine"
     assert types(b_type=machete.u4b8, b_group_size=512) == types(b_type=machete.u4b8, b_group_size=None) == "bf16_u4b8"
     assert types(b_type=machete.u8, with_zeros="int") == "bf16_u8_int"
     found = machete.explain(4, 256, 512, torch.bfloat16, machete.u8, batch_invariant=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from machete_aot import qualify, record, reference
-from machete_aot.config import TypeConfig
+from machete_aot.config import PRODUCTS, TypeConfig
 from machete_aot.errors import DeviceError
 from machete_aot.manifest import Manifest, kernel_id, parse_manifest
 from machete_aot.scalar_type import ScalarType
@@ -180,9 +180,13 @@ def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- which products
 
 CATALOGUE = (
-    *(BF16, FP16, TypeConfig("bf16", "u4", "bf16", "float"), TypeConfig("bf16", "u4", "bf16", "int")),
-    *(TypeConfig("bf16", "u8", "bf16", "float"), TypeConfig("bf16", "u8", "bf16", "int")),
-    *(TypeConfig("fp16", "u4", "fp16", "any"), TypeConfig("fp16", "u8", "fp16", "any")),
+    *(BF16, FP16),
+    *(
+        TypeConfig(a, b, a, zeros, fine)
+        for a, zeros in (("bf16", "float"), ("bf16", "int"), ("fp16", "any"))
+        for b in ("u4", "u8")
+        for fine in (False, True)
+    ),
 )
 
 
@@ -196,12 +200,18 @@ def with_types(*types: TypeConfig) -> Manifest:
 KINDS = {
     "bf16_u4b8": {("u4b8", "none")},
     "fp16_u4b8": {("u4b8", "none")},
-    "bf16_u4_float": {("u4b8", "none"), ("u4", "none"), ("u4", "float")},
+    "bf16_u4_float": {("u4", "none"), ("u4", "float")},
     "bf16_u4_int": {("u4", "int")},
     "bf16_u8_float": {("u8b128", "none"), ("u8", "none"), ("u8", "float")},
     "bf16_u8_int": {("u8", "int")},
-    "fp16_u4_any": {("u4b8", "none"), ("u4", "none"), ("u4", "float"), ("u4", "int")},
+    "fp16_u4_any": {("u4", "none"), ("u4", "float"), ("u4", "int")},
     "fp16_u8_any": {("u8b128", "none"), ("u8", "none"), ("u8", "float"), ("u8", "int")},
+    "bf16_u4_float_fine": {("u4b8", "none"), ("u4", "none"), ("u4", "float")},
+    "bf16_u4_int_fine": {("u4", "int")},
+    "bf16_u8_float_fine": {("u8b128", "none"), ("u8", "none"), ("u8", "float")},
+    "bf16_u8_int_fine": {("u8", "int")},
+    "fp16_u4_any_fine": {("u4b8", "none"), ("u4", "none"), ("u4", "float"), ("u4", "int")},
+    "fp16_u8_any_fine": {("u8b128", "none"), ("u8", "none"), ("u8", "float"), ("u8", "int")},
 }
 catalogue = pytest.mark.parametrize("types", CATALOGUE, ids=lambda t: t.name)
 
@@ -212,17 +222,29 @@ def test_weights(types: TypeConfig) -> None:
     assert {(w.b, w.zeros) for w in found} == KINDS[types.name]
     for b, zeros in KINDS[types.name]:
         groups = {w.group for w in found if (w.b, w.zeros) == (b, zeros)}
-        if types.name.endswith("u4b8"):
-            assert groups == {-1, 64, 128}
-        else:  # but for what kernels without zeros come first with
-            assert groups == ({32, 96} if b == "u4b8" else {-1, 32, 64, 96, 128})
+        assert groups == ({32, 96} if types.fine else {-1, 64, 128})
+
+
+def test_the_types_multiply_by_all_that_there_is_once() -> None:
+    """Every product of PRODUCTS that has kernels, in all of its groups, and each with one of the types."""
+    manifest = with_types(*CATALOGUE)
+    found = Counter((t.a, w) for t in CATALOGUE for w in qualify.weights_of(manifest, t))
+    wanted = {
+        (p.a, qualify.Weights(p.b, p.zeros, group))
+        for p in PRODUCTS
+        if p.kernel_types()
+        for group in qualify.GROUPS
+        if (group in (32, 96)) == p.fine
+    }
+    assert set(found) == wanted and set(found.values()) == {1}
 
 
 def test_weights_of_a_bundle_without_the_kernels_that_come_first() -> None:
     types = TypeConfig("fp16", "u4", "fp16", "any")
     found = qualify.weights_of(with_types(types), types)
-    assert {w.group for w in found if w.b == "u4b8"} == set(qualify.GROUPS)
-    assert len(found) == qualify.CASES  # so each schedule runs every one
+    assert {w.group for w in found if w.b == "u4b8"} == {-1, 64, 128}
+    assert len(found) == len(set(found)) == 4 * 3 <= qualify.CASES  # so each schedule runs every one
+    assert {c.weights for c in qualify.cases_for(types, found, 16, 3)} == set(found)
 
 
 @catalogue

@@ -30,7 +30,7 @@ struct FlatTile
   static constexpr bool ONE_RANGE = false;  // of K, for a CTA
   static constexpr int THREADS = 32 * Base::WARPS + 128;
   // Chunks of output that a warpgroup has in shared memory; 0: it is stored from registers.
-  static constexpr int CHUNKS = Tokens < 64 ? 0 : Base::HALVES == 2 ? 1 : 2;
+  static constexpr int CHUNKS = Tokens < 64 ? 0 : Base::GENERAL ? 1 : 2;
   static constexpr uint32_t STAGING = CHUNKS * STAGING_CHUNK;
   static constexpr uint32_t shared_memory(int) { return Base::RING_END + RowWarpgroups * STAGING; }
 
@@ -158,7 +158,7 @@ struct Partials {
     const uint64_t policy = policy_evict_first();
     for (int c = 0; c < CHUNKS; c++) {
       mbar_wait(ring.empty(at.slot), at.free_parity());
-      mbar_arrive(ring.full(at.slot));  // in place of the activation producer, which has ended
+      for (int other = 1; other < PRODUCERS; other++) mbar_arrive(ring.full(at.slot));  // in place of those that ended
       mbar_expect(ring.full(at.slot), BYTES / CHUNKS);
       bulk_copy(ring.acts(at.slot), src + c * (BYTES / CHUNKS), BYTES / CHUNKS, ring.full(at.slot), policy);
       at.advance();
@@ -209,6 +209,7 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
 
   if (warp >= T::WARPS) {
     set_registers_down<T::PRODUCER_REGISTERS>();
+    const Ring<T> own = ring.copy();
     Position<T::STAGES> at;
     if (warp == T::WARPS && elect_one()) {
       int row0, token0;
@@ -218,17 +219,17 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
         place_tile<T>(p, work.tile, row0, token0);
         WeightProducer<T> weights(p, row0, work.from * T::STEP_UNITS, k_units);
         for (int step = work.from; step < work.to; step++) {
-          mbar_wait(ring.empty(at.slot), at.free_parity());
-          weights.load(ring, at.slot, policy);
+          mbar_wait(own.empty(at.slot), at.free_parity());
+          weights.load(own, at.slot, policy);
           at.advance();
         }
       }
       for (int share = Work<T>::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
-        Partials<T>::load(p, ++share, ring, at);
+        Partials<T>::load(p, ++share, own, at);
         done += Work<T>::share_steps(p, share);
       }
       if (T::CLUSTER > 1)  // we stay until all consumers have released our last slots, so nothing comes after us
-        for (at.rewind(); at.slot < T::STAGES; at.slot++) mbar_wait(ring.empty(at.slot), at.free_parity());
+        for (at.rewind(); at.slot < T::STAGES; at.slot++) mbar_wait(own.empty(at.slot), at.free_parity());
     } else if (warp == T::WARPS + 1 && elect_one()) {
       int row0, token0;
       Work<T> work(p);
@@ -238,13 +239,26 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
         for (int step = work.from; step < work.to; step++) {
-          mbar_wait(ring.empty(at.slot), at.free_parity());
-          load_acts(ring, at.slot, acts, p, token0, step * T::STEP_UNITS, cta_rank<T>());
+          mbar_wait(own.empty(at.slot), at.free_parity());
+          load_acts(own, at.slot, acts, p, token0, step * T::STEP_UNITS, cta_rank<T>());
           at.advance();
         }
       }
-    } else if (warp == T::WARPS + 2 && elect_one() && Work<T>::gives(p)) {
-      Partials<T>::announce(p, ring.extra_barrier());
+    } else if (warp == T::WARPS + 2 && elect_one()) {
+      int row0, token0;
+      Work<T> work(p);
+      const uint64_t policy = p.token_tiles == 1 ? policy_evict_first() : policy_evict_normal();
+      for (; work.next(); at.rewind()) {
+        place_tile<T>(p, work.tile, row0, token0);
+        ScaleProducer<T> scales(p, row0, work.from * T::STEP_UNITS);
+        for (int step = work.from; step < work.to; step++) {
+          mbar_wait(own.empty(at.slot), at.free_parity());
+          scales.load(own, at.slot, policy);
+          at.advance();
+        }
+      }
+    } else if (warp == T::WARPS + 3 && elect_one() && Work<T>::gives(p)) {
+      Partials<T>::announce(p, own.extra_barrier());
     }
   } else {
     set_registers_up<T::CONSUMER_REGISTERS>();

@@ -216,6 +216,12 @@ DEVICE bool elect_one() {
   return elected;
 }
 
+DEVICE uint32_t clock_cycles() {
+  uint32_t cycles;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles));
+  return cycles;
+}
+
 // The value of lane 0, which the compiler then knows to be uniform. Not moved out of a loop, unlike __shfl_sync.
 DEVICE uint32_t uniform(uint32_t value) {
   uint32_t same;

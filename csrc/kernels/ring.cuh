@@ -2,8 +2,11 @@
 // What both families share: the shared-memory ring's layout, the producers that fill it, and the consumers' loop, which
 // multiplies one 64 x 64 unit of weights while it loads and converts the next.
 //
-// A ring stage holds one step of K: activations (128-byte swizzled tiles of TOKENS rows x 64 k), prepacked weights and
-// scales. One full barrier a stage counts both producers; one empty barrier counts the consumer warps.
+// A ring stage holds one step of K: activations (128-byte swizzled tiles of TOKENS rows x 64 k), prepacked weights,
+// scales and zero points. One full barrier a stage counts the producers; one empty barrier counts the consumer warps.
+//
+// Groups of k that are not multiples of 64, "fine" ones, have their scales change within units. They have kernels of
+// their own: with a branch in each unit those of other groups would take up to a tenth longer.
 //
 // The CTAs of a tile's cluster (CLUSTER; not those that family "stream" divides K among) have different rows and the
 // same tokens. Each copies its part of a step's activations, into all of them. So their rings are filled in step: a
@@ -30,11 +33,13 @@ struct Tile {
   static constexpr int UNITS = Units;                               // 64-k units of a warpgroup and step
   static constexpr int TOKENS = Tokens;                             // n of the wgmma instruction
   static constexpr int STAGES = Stages;
-  static constexpr int CTAS_PER_SM = CtasPerSm;        // resident ones, which bounds the registers
-  static constexpr int CLUSTER = Cluster;              // CTAs that share activations
-  static constexpr int UNIT_BYTES = UnitBytes;         // of a prepacked unit
-  static constexpr int HALVES = AuxRows == 1 ? 1 : 2;  // rows of scales of a unit: general types have one for each 32 k
-  static_assert(AuxRows == 1 || AuxRows == 4, "a row of scales, or two and two of zero points");
+  static constexpr int CTAS_PER_SM = CtasPerSm;  // resident ones, which bounds the registers
+  static constexpr int CLUSTER = Cluster;        // CTAs that share activations
+  static constexpr int UNIT_BYTES = UnitBytes;   // of a prepacked unit
+  static constexpr bool GENERAL = AuxRows > 1;   // beside a row of scales there is one of zero points
+  static constexpr bool FINE = AuxRows == 4;     // and each half of a unit has its own
+  static constexpr int HALVES = FINE ? 2 : 1;
+  static_assert(AuxRows == 1 || AuxRows == 2 || AuxRows == 4, "see TypeConfig.aux_rows");
 
   static constexpr int STEP_UNITS = K_WG * UNITS;
   static constexpr int STRIPS = ROW_WG * BLOCKS, ROWS = UNIT_ROWS * STRIPS;
@@ -69,10 +74,15 @@ constexpr int ARRIVALS = 32;
 constexpr int ARRIVALS = 1;
 #endif
 
+constexpr int PRODUCERS = 3;  // warps: of weights, of activations, of scales and zero points
+
 // The ring's addresses in this CTA.
 template <class T>
 struct Ring {
   uint32_t base;
+  // For a warp: without it the compiler computes the base anew in every round of the producers' loops.
+  DEVICE Ring copy() const { return {uniform(base)}; }
+
   DEVICE uint32_t acts(int slot) const { return base + slot * T::ACTS_BYTES; }
   DEVICE uint32_t weights(int slot) const { return base + T::WEIGHTS_AT + slot * T::WEIGHTS_BYTES; }
   DEVICE uint32_t scales(int slot) const { return base + T::SCALES_AT + slot * T::AUX_BYTES; }
@@ -83,7 +93,7 @@ struct Ring {
 
   DEVICE void init_barriers() const {
     for (int s = 0; s < T::STAGES; s++) {
-      mbar_init(full(s), 2);  // one arrival by each producer, and their bytes
+      mbar_init(full(s), PRODUCERS);  // one arrival by each, and their bytes
       mbar_init(empty(s), T::CLUSTER * T::WARPS * ARRIVALS);
     }
   }
@@ -115,57 +125,32 @@ struct Position {
   DEVICE void rewind() { slot = 0; }
 };
 
-// Where scales may change in K.
-struct Changes {
-  bool per_unit;  // at every unit, and not just every other
-  bool fine;      // within units too
+// Whether scales may change at every unit of K, and not just at every other.
+template <class T>
+DEVICE bool changes_per_unit(const GemmParams& p) {
+  return T::FINE || !T::PAIRS || (p.group_blocks % 4 && p.group_blocks < (p.k + 31) / 32);
+}
 
-  template <class T>
-  static DEVICE Changes of(const GemmParams& p) {
-    const bool groups = p.group_blocks < (p.k + 31) / 32;  // more than one
-    return {!T::PAIRS || (groups && p.group_blocks % 4), T::HALVES == 2 && groups && p.group_blocks % 2};
-  }
-};
+// The producers: one lane each, to be elected and used from beginning to end, since state that crosses a join of lanes
+// is no longer uniform for the compiler, which then wraps every copy in a loop over lanes. The instructions of a lane
+// between two stages bound the rate at which the ring is filled, so that each kind of operand has a lane of its own.
+// Weights, scales and zero points are constants: their producers never wait for earlier kernels.
 
-// One lane's copies of weights, scales and zero points, all constants: it never waits for earlier kernels. Weights of a
-// strip are one contiguous run. A cluster's last CTA may have no rows at all. Units past the end of K get no weights
-// (what lies in shared memory is some code, times activations that arrive as zeros) but do get the last group's scales,
-// so that no stale scale can make a NaN. To be used by an elected lane from beginning to end: state that crosses a join
-// of lanes is no longer uniform for the compiler, which then wraps every copy in a loop over lanes.
+// Weights of a strip are one contiguous run. A cluster's last CTA may have no rows at all. Units past the end of K get
+// no weights (what lies in shared memory is some code, times activations that arrive as zeros).
 template <class T>
 struct WeightProducer {
-  const uint8_t *words, *scales, *zeros;           // scales and zero points of the group that `at` lies in
-  size_t strip_stride, scale_stride, zero_stride;  // in bytes
-  uint32_t scale_bytes, zero_bytes;                // of a row; 0 without zero points
+  const uint8_t* words;
+  size_t strip_stride;  // in bytes
   int strips, unit, units;
-  int at, end, boundary, group;  // position in K, its end, the group's end and length, in rows of scales: units, or
-                                 // halves of them
-  Changes changes;
 
   // `unit0` is where the K range starts.
-  DEVICE WeightProducer(const GemmParams& p, int row0, int unit0, int k_units) : changes(Changes::of<T>(p)) {
+  DEVICE WeightProducer(const GemmParams& p, int row0, int unit0, int k_units) {
     unit = unit0;
     units = k_units;
     strip_stride = size_t(k_units) * T::UNIT_BYTES;
     words = p.weights + size_t(row0 / UNIT_ROWS) * strip_stride + size_t(unit0) * T::UNIT_BYTES;
-    const int rows = min(T::ROWS, p.n - row0);
-    strips = (rows + UNIT_ROWS - 1) / UNIT_ROWS;
-    scale_bytes = (rows + 7) / 8 * 16;
-    at = unit0 * T::HALVES;
-    end = T::HALVES == 2 ? (p.k + 31) / 32 : k_units;
-    group = T::HALVES == 2 ? p.group_blocks : (p.group_blocks + 1) / 2;
-    // at / group without an integer division, which would delay the first copy: exact below 2^21, since
-    // (at + 0.5) / group is at least 0.5 / group away from an integer
-    const int index = at == 0 ? 0 : int((float(at) + 0.5f) * __frcp_rn(float(group)));
-    boundary = (index + 1) * group;
-    scale_stride = size_t(p.scale_stride) * 2;
-    scales = reinterpret_cast<const uint8_t*>(p.scales + row0) + index * scale_stride;
-    if (T::HALVES == 2) {
-      const int log_size = p.flags & FLAG_INTEGER_ZEROS ? 0 : 1;
-      zero_stride = p.zeros ? size_t(p.zero_stride) << log_size : 0;
-      zeros = static_cast<const uint8_t*>(p.zeros) + (size_t(row0) << log_size) + index * zero_stride;
-      zero_bytes = p.zeros == nullptr ? 0 : log_size ? scale_bytes : (rows + 15) / 16 * 16;
-    }
+    strips = (min(T::ROWS, p.n - row0) + UNIT_ROWS - 1) / UNIT_ROWS;
   }
   DEVICE void load(const Ring<T>& ring, int slot, uint64_t policy) {
     const uint32_t bytes = min(T::STEP_UNITS, units - unit) * T::UNIT_BYTES, bar = ring.full(slot);
@@ -173,24 +158,74 @@ struct WeightProducer {
       mbar_arrive(bar);
       return;
     }
-    const int rows = changes.fine ? 2 * T::STEP_UNITS : changes.per_unit ? T::STEP_UNITS : (T::STEP_UNITS + 1) / 2;
-    mbar_expect(bar, strips * bytes + rows * (T::HALVES == 2 ? scale_bytes + zero_bytes : scale_bytes));
+    mbar_expect(bar, strips * bytes);
 #pragma unroll
     for (int j = 0; j < T::STRIPS; j++)
       if (j < strips) bulk_copy(ring.weights(slot) + j * T::STRIP_BYTES, words + j * strip_stride, bytes, bar, policy);
     words += T::STEP_UNITS * T::UNIT_BYTES;
     unit += T::STEP_UNITS;
-#pragma unroll
-    for (int r = 0; r < T::STEP_UNITS * T::HALVES; r++) {
-      const int u = r / T::HALVES;
-      if (r % T::HALVES ? changes.fine : u % 2 == 0 || changes.per_unit) {
-        bulk_copy(ring.scales(slot) + r * T::SCALE_ROW, scales, scale_bytes, bar, policy);
-        if (T::HALVES == 2 && zero_bytes)
-          bulk_copy(ring.zeros(slot) + r * T::SCALE_ROW, zeros, zero_bytes, bar, policy);
-      }
-      if (++at >= boundary && boundary < end) {
+  }
+};
+
+// The copy engine takes requests in order. A kernel that moves in beside the one before it could have all of its ring
+// queued up before that one's activations, which all of its warps wait for; so the first filling is not asked for
+// faster than this. That is still more than twice what memory delivers.
+constexpr uint32_t FILLING_RATE = 32;  // bytes of weights per cycle
+struct Pace {
+  const uint32_t begin = clock_cycles();
+  DEVICE void hold(uint32_t bytes) const {
+    while (clock_cycles() - begin < bytes / FILLING_RATE) {
+    }
+  }
+};
+
+// Units past the end of K get the last group's scales, so that no stale scale can make a NaN.
+template <class T>
+struct ScaleProducer {
+  static constexpr int ROWS = T::STEP_UNITS * T::HALVES;  // of a stage
+
+  const uint8_t *scales, *zeros;     // of the group that `at` lies in
+  size_t scale_stride, zero_stride;  // in bytes
+  int scale_bytes, zero_bytes = 0;   // of a row; 0 without zero points
+  int at, end, boundary, group;      // position in K, its end, the group's end and length, in rows: units, or halves
+  int every;                         // of a stage's rows is copied
+  uint32_t bytes;                    // of a stage
+
+  // `unit0` is where the K range starts.
+  DEVICE ScaleProducer(const GemmParams& p, int row0, int unit0) {
+    const int rows = min(T::ROWS, p.n - row0);
+    scale_bytes = (rows + 7) / 8 * 16;
+    at = unit0 * T::HALVES;
+    end = T::FINE ? (p.k + 31) / 32 : (p.k + UNIT_K - 1) / UNIT_K;
+    group = T::FINE ? p.group_blocks : (p.group_blocks + 1) / 2;
+    // at / group without an integer division, which would delay the first copy: exact below 2^21, since
+    // (at + 0.5) / group is at least 0.5 / group away from an integer
+    const int index = at == 0 ? 0 : int((float(at) + 0.5f) * __frcp_rn(float(group)));
+    boundary = (index + 1) * group;
+    scale_stride = size_t(p.scale_stride) * 2;
+    scales = reinterpret_cast<const uint8_t*>(p.scales + row0) + index * scale_stride;
+    if (T::GENERAL) {
+      const int log_size = p.flags & FLAG_INTEGER_ZEROS ? 0 : 1;
+      zero_stride = p.zeros ? size_t(p.zero_stride) << log_size : 0;
+      zeros = static_cast<const uint8_t*>(p.zeros) + (size_t(row0) << log_size) + index * zero_stride;
+      zero_bytes = p.zeros == nullptr ? 0 : log_size ? scale_bytes : (rows + 15) / 16 * 16;
+    }
+    every = changes_per_unit<T>(p) ? 1 : 2;
+    bytes = (ROWS + every - 1) / every * (scale_bytes + zero_bytes);
+    if (T::CLUSTER > 1 && rows <= 0) bytes = 0;
+  }
+  DEVICE void load(const Ring<T>& ring, int slot, uint64_t policy) {
+    const uint32_t bar = ring.full(slot);
+    mbar_expect(bar, bytes);
+    if (T::CLUSTER > 1 && bytes == 0) return;  // all rows are past n
+#pragma unroll 1
+    for (int r = 0; r < ROWS; r += every) {
+      bulk_copy(ring.scales(slot) + r * T::SCALE_ROW, scales, scale_bytes, bar, policy);
+      if (T::GENERAL && zero_bytes) bulk_copy(ring.zeros(slot) + r * T::SCALE_ROW, zeros, zero_bytes, bar, policy);
+      at += every;
+      if (at >= boundary && boundary < end) {
         scales += scale_stride;
-        if (T::HALVES == 2) zeros += zero_stride;
+        if (T::GENERAL) zeros += zero_stride;
         boundary += group;
       }
     }
@@ -274,26 +309,27 @@ template <class Types, class T>
 struct Consumer {
   static constexpr int UNITS = T::UNITS * T::BLOCKS;  // of a step: (k64 0, block 0), (k64 0, block 1), .., (k64 1, ..
   static_assert(UNITS % 2 == 0, "the two sets of fragments alternate");
-  static_assert((T::HALVES == 2) == Types::GENERAL);
+  static_assert(T::GENERAL == Types::GENERAL);
   static constexpr int PARTS = T::UNIT_BYTES / PART_BYTES;
   static constexpr int AUX_PART = T::UNITS * T::HALVES * T::SCALE_ROW;  // rows of scales of a part of a stage's K
 
   const Ring<T> ring;
   const int lane;
-  const Changes changes;
+  const bool per_unit;  // see changes_per_unit
   const uint32_t my_words, my_scales, acts_offset;
   const ZeroRows<Types> zeros;
-  uint32_t fillings = 0;  // bit s: whether slot s has been filled an odd number of times: the parity to wait for next
+  uint32_t fillings = 0;  // bit s: whether slot s has been filled, and emptied, an odd number of times
+
   typename Types::RowScale scale[T::BLOCKS][2];  // of the thread's rows g and g + 8
   uint4 words[PARTS];                            // of the next unit
-  RawRows<Types> raw;                            // its scales, where they may be new
+  RawRows<Types> raw[T::HALVES];                 // its scales, where they may be new
   uint32_t frag[2][4][4];
 
   // Of the tile's 64-row strips from `strip0` on, and of the part `k_wg` of a stage's K.
   DEVICE Consumer(const GemmParams& p, const Ring<T>& ring, int strip0, int k_wg, int warp, int lane)
       : ring(ring),
         lane(lane),
-        changes(Changes::of<T>(p)),
+        per_unit(changes_per_unit<T>(p)),
         my_words(ring.weights(0) + strip0 * T::STRIP_BYTES + k_wg * T::UNITS * T::UNIT_BYTES + threadIdx.x % 128 * 16),
         my_scales(ring.scales(0) + k_wg * AUX_PART + first_row(strip0, warp, lane) * 2),
         acts_offset(k_wg * T::UNITS * T::ACTS_TILE),
@@ -308,7 +344,7 @@ struct Consumer {
       for (int i = 0; i < T::TOKENS / 2; i++) acc[b][i] = 0;
     mbar_wait(ring.full(0), parity(0));
     load(0, 0);
-    convert(0, 0, frag[0]);
+    convert(0, frag[0]);
     load(0, 1);
     constexpr uint32_t ALL = uint32_t((uint64_t(1) << T::STAGES) - 1);
 #pragma unroll 1
@@ -328,7 +364,7 @@ struct Consumer {
           multiply_unit(acc[u % T::BLOCKS], frag[u % 2],
                         acts + (slot * T::ACTS_BYTES + u / T::BLOCKS * T::ACTS_TILE >> 4));
           if (u == 0 && (slot > 0 || left < steps)) ring.release(old_slot, lane);  // its last unit has retired
-          convert(u + 1 < UNITS ? slot : next_slot, (u + 1) % UNITS, frag[(u + 1) % 2]);
+          convert((u + 1) % UNITS, frag[(u + 1) % 2]);
           if (to_next && !ready) mbar_wait(ring.full(next_slot), next_parity);
           load(u + 2 < UNITS ? slot : next_slot, (u + 2) % UNITS);  // (the last step's for nothing, and the conversion)
         }
@@ -352,7 +388,7 @@ struct Consumer {
   // The first of the thread's two rows of its first strip, in the tile.
   static DEVICE int first_row(int strip0, int warp, int lane) { return strip0 * 64 + warp % 4 * 16 + lane / 4; }
 
-  DEVICE bool may_be_new(int unit) const { return unit / T::BLOCKS % 2 == 0 || changes.per_unit; }
+  DEVICE bool may_be_new(int unit) const { return unit / T::BLOCKS % 2 == 0 || per_unit; }
 
   DEVICE void load(int slot, int unit) {
     const int b = unit % T::BLOCKS, k = unit / T::BLOCKS;
@@ -360,24 +396,22 @@ struct Consumer {
     for (int i = 0; i < PARTS; i++)
       words[i] =
           load_shared_128(my_words + slot * T::WEIGHTS_BYTES + b * T::STRIP_BYTES + k * T::UNIT_BYTES + i * PART_BYTES);
-    if (may_be_new(unit)) load_rows(slot, b, k * T::HALVES);
+    if (may_be_new(unit))
+#pragma unroll
+      for (int h = 0; h < T::HALVES; h++)
+        load_rows(raw[h], slot * T::AUX_BYTES + (k * T::HALVES + h) * T::SCALE_ROW, b);
   }
-  DEVICE void load_rows(int slot, int b, int row) {
-    const uint32_t at = slot * T::AUX_BYTES + row * T::SCALE_ROW;
-    raw.g = load_shared_16(my_scales + at + b * 128);
-    raw.g8 = load_shared_16(my_scales + at + b * 128 + 16);
-    zeros.load(raw, at, b);
+  DEVICE void load_rows(RawRows<Types>& to, uint32_t at, int b) {
+    to.g = load_shared_16(my_scales + at + b * 128);
+    to.g8 = load_shared_16(my_scales + at + b * 128 + 16);
+    zeros.load(to, at, b);
   }
-  DEVICE void convert(int slot, int unit, uint32_t (&to)[4][4]) {
-    const int b = unit % T::BLOCKS;
-    auto& s = scale[b];
-    if (may_be_new(unit)) zeros.set(s, raw);
+  DEVICE void convert(int unit, uint32_t (&to)[4][4]) {
+    auto& s = scale[unit % T::BLOCKS];
+    if (may_be_new(unit)) zeros.set(s, raw[0]);
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-      if (T::HALVES == 2 && c == 2 && changes.fine) {  // not loaded ahead: the other groups should not pay for it
-        load_rows(slot, b, unit / T::BLOCKS * T::HALVES + 1);
-        zeros.set(s, raw);
-      }
+      if (T::FINE && c == 2) zeros.set(s, raw[T::HALVES - 1]);
       if constexpr (PARTS == 1) {
         Types::convert(word(words[0], c), s[0], s[1], to[c]);
       } else {

@@ -21,7 +21,7 @@ template <int RowWarpgroups, int KWarpgroups, int Blocks, int Units, int Tokens,
 struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm, UnitBytes, AuxRows> {
   using Base = Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stages, CtasPerSm, UnitBytes, AuxRows>;
   static constexpr bool ONE_RANGE = true;  // of K, for a CTA
-  static constexpr int THREADS = 32 * (Base::WARPS + 2);
+  static constexpr int THREADS = 32 * (Base::WARPS + PRODUCERS);
   static constexpr int LOG_K_WG = KWarpgroups == 1 ? 0 : KWarpgroups == 2 ? 1 : 2;
   static constexpr int SLABS = Base::ROWS / 16;  // 16 rows of one warp in one block: the unit of the reduction
   static constexpr int SLAB_BYTES = 16 * Tokens * 4;
@@ -79,28 +79,38 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
   const int row_wg = warp / 4 % T::ROW_WG, k_wg = warp / 4 / T::ROW_WG;
   const int strip0 = row_wg * T::BLOCKS;  // the warpgroup's first 64-row strip in the tile
   float acc[T::BLOCKS][T::TOKENS / 2];
-  if (warp == T::WARPS) {
+  if (warp >= T::WARPS) {
+    const Ring<T> own = ring.copy();
     if (elect_one()) {
       const uint64_t policy = gridDim.y == 1 ? policy_evict_first() : policy_evict_normal();
       const int rows = p.row_tiles * T::ROWS, read0 = padding ? min(row0 - rows, rows - T::ROWS) : row0;
-      WeightProducer<T> weights(p, read0, step0 * T::STEP_UNITS, k_units);
+      const int unit0 = step0 * T::STEP_UNITS;
       Position<T::STAGES> at;  // the first round of waits passes at once
-      for (int step = 0; step < steps; step++) {
-        mbar_wait(ring.empty(at.slot), at.free_parity());
-        weights.load(ring, at.slot, policy);
-        at.advance();
-      }
-    }
-  } else if (warp == T::WARPS + 1) {
-    if (elect_one()) {
-      prefetch_tensor_map(&acts);
-      wait_for_predecessors();  // activations and output belong to earlier kernels until here; stores depend on these
-                                // loads
-      Position<T::STAGES> at;
-      for (int step = 0; step < steps; step++) {
-        mbar_wait(ring.empty(at.slot), at.free_parity());
-        load_acts(ring, at.slot, acts, p, token0, (step0 + step) * T::STEP_UNITS);
-        at.advance();
+      if (warp == T::WARPS) {
+        WeightProducer<T> weights(p, read0, unit0, k_units);
+        const Pace pace;
+        for (int step = 0; step < steps; step++) {
+          mbar_wait(own.empty(at.slot), at.free_parity());
+          weights.load(own, at.slot, policy);
+          at.advance();
+          if (step < T::STAGES) pace.hold((step + 1) * T::WEIGHTS_BYTES);
+        }
+      } else if (warp == T::WARPS + 1) {
+        prefetch_tensor_map(&acts);
+        wait_for_predecessors();  // activations and output belong to earlier kernels until here; stores depend on these
+                                  // loads
+        for (int step = 0; step < steps; step++) {
+          mbar_wait(own.empty(at.slot), at.free_parity());
+          load_acts(own, at.slot, acts, p, token0, unit0 + step * T::STEP_UNITS);
+          at.advance();
+        }
+      } else {
+        ScaleProducer<T> scales(p, read0, unit0);
+        for (int step = 0; step < steps; step++) {
+          mbar_wait(own.empty(at.slot), at.free_parity());
+          scales.load(own, at.slot, policy);
+          at.advance();
+        }
       }
     }
   } else {

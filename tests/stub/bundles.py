@@ -19,7 +19,8 @@ from stub.cubin import stub_cubin
 
 BF16, FP16 = TYPES
 GENERAL = tuple(
-    TypeConfig(a, b, a, zeros)
+    TypeConfig(a, b, a, zeros, fine)
+    for fine in (False, True)
     for b in ("u4", "u8")
     for a, zeros in (("bf16", "float"), ("bf16", "int"), ("fp16", "any"))
 )
