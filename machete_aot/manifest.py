@@ -345,8 +345,8 @@ def types_of(kernel_id: str) -> str:
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """The canonical bytes: ASCII JSON, sorted keys, two-space indent, one newline at the end."""
-    text = json.dumps(dataclasses.asdict(manifest), sort_keys=True, indent=2, allow_nan=False)
+    """The canonical bytes: ASCII JSON, sorted keys, a line for each value and no blanks, one newline at the end."""
+    text = json.dumps(dataclasses.asdict(manifest), sort_keys=True, indent=0, separators=(",", ":"), allow_nan=False)
     return text.encode("ascii") + b"\n"
 
 

@@ -2,10 +2,10 @@
 """A manifest that this package pins, decoded as far as it is asked.
 
 Its sha256 is the package's own, so its bytes are those that build_kernels wrote and that the package's tests have
-checked in full. That need not be repeated by every process; and their layout is known (``dump_manifest``). A member at
-some depth begins on a line of its own, with two spaces a level, and no string in JSON can hold the end of a line. So
-parts are cut out of the text without parsing the rest: a first product decodes the kernels and the costs of its own
-types, a tenth of all. What is decoded is decoded strictly, as everywhere.
+checked in full. That need not be repeated by every process; and their layout is known (``dump_manifest``). Members
+begin on lines of their own, sorted, and no string in JSON can hold the end of a line. So parts are cut out of the text
+without parsing the rest: a first product decodes the kernels and the costs of its own types, a tenth of all. What is
+decoded is decoded strictly, as everywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from .manifest_rules import SCHEMA
 
 _KINDS = {field.name: field.type for field in dataclasses.fields(Manifest)}
 _TABLE = sorted(field.name for field in dataclasses.fields(HeuristicTable))
-_OF_TYPES = ("coefficients", "measured")  # members of a table that have a member for each types
+# Members of a table that have a member for each types, and where that ends: its last one is an object, or a list.
+_OF_TYPES = {"coefficients": b"\n}\n}", "measured": b"\n]\n}"}
 _LAST = b"\n}\n"
+_KERNEL_END = b"\n}\n}"  # its last member is an object of plain values
 Span: TypeAlias = tuple[int, int]  # begin and end in the text
 
 
@@ -52,7 +54,7 @@ class ManifestText:
         if not (raw.startswith(b"{\n") and raw.endswith(_LAST) and raw.isascii()):
             raise ValueError("the manifest is laid out in another way")
         self._raw = raw
-        self._fields = _members(raw, sorted(_KINDS), 1, (0, len(raw) - len(_LAST)))
+        self._fields = _members(raw, sorted(_KINDS), (0, len(raw) - len(_LAST)))
         self._kernels: dict[str, tuple[KernelInfo, ...]] = {}
         self._tables: dict[tuple[str, str], HeuristicTable] = {}
 
@@ -73,7 +75,7 @@ class ManifestText:
         """Where the kernels of these types are, found by their ids."""
         begin, (end, last) = b'"' + id_start(types_name).encode(), self._fields["kernels"]
         while (at := self._raw.find(begin, end, last)) >= 0:
-            start, end = self._raw.rindex(b"\n    {", end, at), _end(self._raw, b"}", 2, at)
+            start, end = self._raw.rindex(b'\n{\n"cubin":', end, at), _end(self._raw, at, _KERNEL_END)
             yield start, end
 
     def tables(self, types_name: str, device: str | None) -> tuple[HeuristicTable, ...]:
@@ -93,8 +95,8 @@ class ManifestText:
         """The GPU of each table, and where the table's fields are."""
         at, end = self._fields["heuristic"]
         found = []
-        while _find(self._raw, _TABLE[0], 4, (at, end)) >= 0:
-            spans = _members(self._raw, _TABLE, 4, (at, end))
+        while _find(self._raw, _TABLE[0], (at, end)) >= 0:
+            spans = _members(self._raw, _TABLE, (at, end))
             found.append((json.loads(self._text(spans["device"])), spans))
             at = spans[_TABLE[-1]][1]
         return found
@@ -102,32 +104,32 @@ class ManifestText:
     def _table_text(self, spans: dict[str, Span], types_name: str) -> bytes:
         """The text of a table without what other types have."""
         texts = {name: self._text(span) for name, span in spans.items() if name not in _OF_TYPES}
-        for name in _OF_TYPES:
-            own = _find(self._raw, types_name, 5, spans[name])
-            texts[name] = b"{%b}" % (b"" if own < 0 else self._text((own, _end(self._raw, b"}", 5, own))))
+        for name, end in _OF_TYPES.items():
+            own = _find(self._raw, types_name, spans[name])
+            texts[name] = b"{%b}" % (b"" if own < 0 else self._text((own, _end(self._raw, own, end))))
         return b"{%b}" % b",".join(b'"%b": %b' % (name.encode(), text) for name, text in texts.items())
 
     def _text(self, span: Span) -> bytes:
         return self._raw[span[0] : span[1]]
 
 
-def _members(raw: bytes, names: Sequence[str], depth: int, within: Span) -> dict[str, Span]:
-    """Where the values of an object's members are, whose names these are, in order, and begin at this depth.
+def _members(raw: bytes, names: Sequence[str], within: Span) -> dict[str, Span]:
+    """Where the values of an object's members are, whose names these are, in order, and no member's in between.
 
     That of the last member ends with its line, or where ``within`` does. Raises ValueError.
     """
     at, end = within
     starts = []
     for name in names:
-        at = _find(raw, name, depth, (at, end))
+        at = _find(raw, name, (at, end))
         if at < 0:
             raise ValueError(f"the manifest has no {name} where it is looked for")
         starts.append(at)
     found = {}
     for name, start, following in zip(names, starts, (*starts[1:], None), strict=True):
-        value = start + len(name) + len('"": ')
+        value = start + len(name) + len('"":')
         if following is not None:
-            last = following - len(",\n") - 2 * depth
+            last = following - len(",\n")
         elif raw[value : value + 1] in b"{[":
             last = end
         else:
@@ -136,22 +138,15 @@ def _members(raw: bytes, names: Sequence[str], depth: int, within: Span) -> dict
     return found
 
 
-def _find(raw: bytes, name: str, depth: int, within: Span) -> int:
-    """Where the first member of this name is that begins at this depth, or -1.
-
-    Looks for the name rather than for the line's beginning: most of the text is spaces.
-    """
-    quoted, line = b'"%b"' % name.encode(), b"\n" + b"  " * depth
-    at = raw.find(quoted, *within)
-    while at >= 0 and not (raw.endswith(line, 0, at) and raw.startswith(b": ", at + len(quoted))):
-        at = raw.find(quoted, at + 1, within[1])
-    return at
+def _find(raw: bytes, name: str, within: Span) -> int:
+    """Where the first member of this name begins, or -1."""
+    at = raw.find(b'\n"%b":' % name.encode(), *within)
+    return at if at < 0 else at + 1
 
 
-def _end(raw: bytes, closing: bytes, depth: int, start: int) -> int:
-    """The end of the value at ``start`` that is closed at this depth. Raises ValueError."""
-    line = b"\n" + b"  " * depth + closing
-    return raw.index(line, start) + len(line)
+def _end(raw: bytes, start: int, closing: bytes) -> int:
+    """The end of the object around or behind ``start`` that ends with the next such lines. Raises ValueError."""
+    return raw.index(closing, start) + len(closing)
 
 
 def _decoded(kind: Any, text: bytes, path: str) -> Any:

@@ -101,7 +101,7 @@ def test_replacing_makes_an_ordinary_manifest(raw: bytes) -> None:
 
 
 def edited(raw: bytes, **fields: Any) -> bytes:
-    return json.dumps({**json.loads(raw), **fields}, sort_keys=True, indent=2).encode() + b"\n"
+    return json.dumps({**json.loads(raw), **fields}, sort_keys=True, indent=0, separators=(",", ":")).encode() + b"\n"
 
 
 def test_another_layout_is_parsed_and_checked_in_full(raw: bytes) -> None:

@@ -221,7 +221,7 @@ MANIFESTS: dict[str, tuple[Callable[[], tuple[bytes, str]], type[BundleError]]] 
     "a number beyond 64 bits": (lambda: kernel_with(registers=1 << 80), BundleError),
     "a number of 5,000 digits": (lambda: rewritten(b'{"schema": ' + b"9" * 5000 + b"}"), BundleError),
     "100,000 brackets": (lambda: deep(100_000), BundleError),
-    "a repeated key": (lambda: rewritten(TEXT.replace(b'{\n  "abi"', b'{\n  "schema": 1,\n  "abi"', 1)), BundleError),
+    "a repeated key": (lambda: rewritten(TEXT.replace(b'{\n"abi"', b'{\n"schema":1,\n"abi"', 1)), BundleError),
     "NaN": (lambda: rewritten(TEXT.replace(b"1.5", b"NaN")), BundleError),
     "no UTF-8": (lambda: rewritten(b'{"schema": "\xff"}'), BundleError),
     "no JSON": (lambda: rewritten(b"schema: 1\n"), BundleError),
