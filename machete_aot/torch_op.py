@@ -113,19 +113,26 @@ def _into_out(on_device: Callable[..., _Tensor]) -> Callable[..., None]:
     return run
 
 
-def _fake_out(out: _Tensor, *arguments: Any, **options: Any) -> None:
-    result = _fake(*arguments, **options)
-    if out.dtype != result.dtype or out.shape != result.shape:
-        raise ArgumentError(
-            f"out must be {result.dtype} of shape {tuple(result.shape)}, got {out.dtype} of shape {tuple(out.shape)}"
+def _fake_into_out(fake: Callable[..., _Tensor]) -> Callable[..., None]:
+    def run(out: _Tensor, *arguments: Any, **options: Any) -> None:
+        result = fake(*arguments, **options)
+        if out.dtype != result.dtype or out.shape != result.shape:
+            raise ArgumentError(
+                f"out must be {result.dtype} of shape {tuple(result.shape)}, "
+                f"got {out.dtype} of shape {tuple(out.shape)}"
+            )
+
+    return run
+
+
+def _no_gradient(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"machete_aot.{name} computes no gradients: it is for inference; call it under torch.no_grad(), or pass "
+            "tensors that do not require gradients"
         )
 
-
-def _no_gradient(*_: Any) -> NoReturn:
-    raise UnsupportedError(
-        "machete_aot.gemm computes no gradients: it is for inference; call it under torch.no_grad(), or pass tensors "
-        "that do not require gradients"
-    )
+    return refuse
 
 
 _library.impl("gemm", _on_cpu, "CPU")
@@ -133,5 +140,5 @@ _library.impl("gemm", _on_cuda, "CUDA")
 _library.impl("gemm_out", _into_out(_on_cpu), "CPU")
 _library.impl("gemm_out", _into_out(_on_cuda), "CUDA")
 torch.library.register_fake("machete_aot::gemm", _fake, lib=_library)
-torch.library.register_fake("machete_aot::gemm_out", _fake_out, lib=_library)
-torch.library.register_autograd("machete_aot::gemm", _no_gradient, lib=_library)
+torch.library.register_fake("machete_aot::gemm_out", _fake_into_out(_fake), lib=_library)
+torch.library.register_autograd("machete_aot::gemm", _no_gradient("gemm"), lib=_library)
