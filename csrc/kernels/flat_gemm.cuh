@@ -8,8 +8,9 @@
 // memory; that one adds the partials in the order of K and stores. Shares do not depend on timing, so the result is
 // deterministic.
 //   warpgroups 0 .. ROW_WG-1  consumers, most registers: load words, convert, wgmma, store
-//   warpgroup  ROW_WG         producers, few registers, one lane of each warp: warp 0 weights and scales, warp 1
-//                             activations, warp 2 announces a partial tile
+//   warpgroup  ROW_WG         producers, few registers, one lane of each warp: warp 0 weights, warp 1 activations, warp
+//   2
+//                             scales and zero points, warp 3 announces a partial tile
 // The producers run ahead over the tile boundary, so that the ring stays full while the consumers store a tile.
 //
 // With a cluster (T::CLUSTER > 1) all above is said of it: it takes a tile of CLUSTER * ROWS rows, of which each CTA
@@ -218,11 +219,7 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
         WeightProducer<T> weights(p, row0, work.from * T::STEP_UNITS, k_units);
-        for (int step = work.from; step < work.to; step++) {
-          mbar_wait(own.empty(at.slot), at.free_parity());
-          weights.load(own, at.slot, policy);
-          at.advance();
-        }
+        fill(own, at, work.to - work.from, [&](int slot, int) { weights.load(own, slot, policy); });
       }
       for (int share = Work<T>::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
         Partials<T>::load(p, ++share, own, at);
@@ -238,11 +235,9 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
                                 // to them depend on these loads
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
-        for (int step = work.from; step < work.to; step++) {
-          mbar_wait(own.empty(at.slot), at.free_parity());
-          load_acts(own, at.slot, acts, p, token0, step * T::STEP_UNITS, cta_rank<T>());
-          at.advance();
-        }
+        fill(own, at, work.to - work.from, [&](int slot, int step) {
+          load_acts(own, slot, acts, p, token0, (work.from + step) * T::STEP_UNITS, cta_rank<T>());
+        });
       }
     } else if (warp == T::WARPS + 2 && elect_one()) {
       int row0, token0;
@@ -251,11 +246,7 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
         ScaleProducer<T> scales(p, row0, work.from * T::STEP_UNITS);
-        for (int step = work.from; step < work.to; step++) {
-          mbar_wait(own.empty(at.slot), at.free_parity());
-          scales.load(own, at.slot, policy);
-          at.advance();
-        }
+        fill(own, at, work.to - work.from, [&](int slot, int) { scales.load(own, slot, policy); });
       }
     } else if (warp == T::WARPS + 3 && elect_one() && Work<T>::gives(p)) {
       Partials<T>::announce(p, own.extra_barrier());

@@ -131,6 +131,17 @@ DEVICE bool changes_per_unit(const GemmParams& p) {
   return T::FINE || !T::PAIRS || (p.group_blocks % 4 && p.group_blocks < (p.k + 31) / 32);
 }
 
+// One producer's loop over `steps` stages: `load(slot, step)` each time that a slot is free.
+template <class T, class Load>
+DEVICE void fill(const Ring<T>& ring, Position<T::STAGES>& at, int steps, Load load) {
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    mbar_wait(ring.empty(at.slot), at.free_parity());
+    load(at.slot, step);
+    at.advance();
+  }
+}
+
 // The producers: one lane each, to be elected and used from beginning to end, since state that crosses a join of lanes
 // is no longer uniform for the compiler, which then wraps every copy in a loop over lanes. The instructions of a lane
 // between two stages bound the rate at which the ring is filled, so that each kind of operand has a lane of its own.
@@ -169,8 +180,8 @@ struct WeightProducer {
 
 // The copy engine takes requests in order. A kernel that moves in beside the one before it could have all of its ring
 // queued up before that one's activations, which all of its warps wait for; so the first filling is not asked for
-// faster than this. That is still more than twice what memory delivers.
-constexpr uint32_t FILLING_RATE = 32;  // bytes of weights per cycle
+// faster than this. That is still nearly twice what memory delivers.
+constexpr uint32_t FILLING_RATE = 24;  // bytes of weights per cycle
 struct Pace {
   const uint32_t begin = clock_cycles();
   DEVICE void hold(uint32_t bytes) const {
@@ -218,8 +229,9 @@ struct ScaleProducer {
     const uint32_t bar = ring.full(slot);
     mbar_expect(bar, bytes);
     if (T::CLUSTER > 1 && bytes == 0) return;  // all rows are past n
-#pragma unroll 1
-    for (int r = 0; r < ROWS; r += every) {
+#pragma unroll(T::FINE ? 1 : ROWS)
+    for (int r = 0; r < ROWS; r++) {
+      if (r % 2 && every == 2) continue;
       bulk_copy(ring.scales(slot) + r * T::SCALE_ROW, scales, scale_bytes, bar, policy);
       if (T::GENERAL && zero_bytes) bulk_copy(ring.zeros(slot) + r * T::SCALE_ROW, zeros, zero_bytes, bar, policy);
       at += every;
@@ -247,32 +259,27 @@ template <class Types, bool General = Types::GENERAL>
 struct ZeroRows {
   DEVICE ZeroRows(const GemmParams&, uint32_t, uint32_t, int) {}
   DEVICE void load(RawRows<Types>&, uint32_t, int) const {}
-  DEVICE void set(typename Types::RowScale (&s)[2], const RawRows<Types>& raw) const {
-    s[0].set(raw.g);
-    s[1].set(raw.g8);
-  }
+  DEVICE void set(typename Types::Rows& rows, const RawRows<Types>& raw) const { rows.set(pair(raw.g, raw.g8)); }
 };
 template <class Types>
 struct ZeroRows<Types, true> {
   const typename Types::Aux aux;
-  uint32_t mine, bytes = 2, shift = 0;  // address of the first, bytes of one; one of a byte is read with its neighbour
+  const bool integers;
+  uint32_t mine;  // address of the first; one of a byte is read with its neighbour
 
-  DEVICE ZeroRows(const GemmParams& p, uint32_t my_scales, uint32_t zeros, int row) : aux(p) {
-    const bool integers = Types::ZERO_BYTES ? Types::ZERO_BYTES == 1 : p.zeros && (p.flags & FLAG_INTEGER_ZEROS);
-    if (integers) {
-      bytes = 1;
-      shift = row % 2 * 8;
-    }
-    mine = !p.zeros ? my_scales : integers ? zeros + (row & ~1) : zeros + row * 2;
-  }
+  DEVICE ZeroRows(const GemmParams& p, uint32_t my_scales, uint32_t zeros, int row)
+      : aux(p, row),
+        integers(Types::ZERO_BYTES ? Types::ZERO_BYTES == 1 : p.zeros && (p.flags & FLAG_INTEGER_ZEROS)),
+        mine(!p.zeros   ? my_scales
+             : integers ? zeros + (row & ~1)
+                        : zeros + row * 2) {}
   DEVICE void load(RawRows<Types>& to, uint32_t at, int block) const {
-    const uint32_t first = mine + at + block * 64 * bytes;
-    to.zero_g = load_shared_16(first) >> shift;
-    to.zero_g8 = load_shared_16(first + 8 * bytes) >> shift;
+    const uint32_t bytes = integers ? 1 : 2, first = mine + at + block * 64 * bytes;
+    to.zero_g = load_shared_16(first);
+    to.zero_g8 = load_shared_16(first + 8 * bytes);
   }
-  DEVICE void set(typename Types::RowScale (&s)[2], const RawRows<Types>& raw) const {
-    s[0].set(raw.g, raw.zero_g, aux);
-    s[1].set(raw.g8, raw.zero_g8, aux);
+  DEVICE void set(typename Types::Rows& rows, const RawRows<Types>& raw) const {
+    rows.set(pair(raw.g, raw.g8), raw.zero_g, raw.zero_g8, aux);
   }
 };
 
@@ -320,9 +327,9 @@ struct Consumer {
   const ZeroRows<Types> zeros;
   uint32_t fillings = 0;  // bit s: whether slot s has been filled, and emptied, an odd number of times
 
-  typename Types::RowScale scale[T::BLOCKS][2];  // of the thread's rows g and g + 8
-  uint4 words[PARTS];                            // of the next unit
-  RawRows<Types> raw[T::HALVES];                 // its scales, where they may be new
+  typename Types::Rows rows[T::BLOCKS];  // scales and zero points, prepared
+  uint4 words[PARTS];                    // of the next unit
+  RawRows<Types> raw[T::HALVES];         // its scales, where they may be new
   uint32_t frag[2][4][4];
 
   // Of the tile's 64-row strips from `strip0` on, and of the part `k_wg` of a stage's K.
@@ -407,16 +414,16 @@ struct Consumer {
     zeros.load(to, at, b);
   }
   DEVICE void convert(int unit, uint32_t (&to)[4][4]) {
-    auto& s = scale[unit % T::BLOCKS];
+    auto& s = rows[unit % T::BLOCKS];
     if (may_be_new(unit)) zeros.set(s, raw[0]);
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       if (T::FINE && c == 2) zeros.set(s, raw[T::HALVES - 1]);
       if constexpr (PARTS == 1) {
-        Types::convert(word(words[0], c), s[0], s[1], to[c]);
+        Types::convert(word(words[0], c), s, to[c]);
       } else {
         const uint4& part = words[c / 2];
-        Types::convert(word(part, c % 2 * 2), word(part, c % 2 * 2 + 1), s[0], s[1], to[c]);
+        Types::convert(word(part, c % 2 * 2), word(part, c % 2 * 2 + 1), s, to[c]);
       }
     }
   }

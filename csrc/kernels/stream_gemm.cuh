@@ -8,6 +8,7 @@
 //   warps 0 .. WARPS-1   consumers: load words, convert, wgmma, reduce, store
 //   warp  WARPS          weight producer (one lane): fills the ring before earlier kernels have ended
 //   warp  WARPS+1        activation producer (one lane): waits for the earlier kernels first
+//   warp  WARPS+2        producer of scales and zero points (one lane)
 // What a step costs besides conversion and wgmma (wait, arrive, addresses) matters: at 8 tokens it can take as long as
 // the multiplications. Hence steps of 256 to 512 k and a consumer loop unrolled over the ring.
 #pragma once
@@ -78,8 +79,12 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
 
   const int row_wg = warp / 4 % T::ROW_WG, k_wg = warp / 4 / T::ROW_WG;
   const int strip0 = row_wg * T::BLOCKS;  // the warpgroup's first 64-row strip in the tile
-  float acc[T::BLOCKS][T::TOKENS / 2];
-  if (warp >= T::WARPS) {
+  auto meet_cluster = [&] {
+    if (split == 1) return;
+    __syncwarp();
+    cluster_wait();
+  };
+  if (warp >= T::WARPS) {  // to its own end: where the paths joined again, consumers would have fewer registers
     const Ring<T> own = ring.copy();
     if (elect_one()) {
       const uint64_t policy = gridDim.y == 1 ? policy_evict_first() : policy_evict_normal();
@@ -89,39 +94,27 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
       if (warp == T::WARPS) {
         WeightProducer<T> weights(p, read0, unit0, k_units);
         const Pace pace;
-        for (int step = 0; step < steps; step++) {
-          mbar_wait(own.empty(at.slot), at.free_parity());
-          weights.load(own, at.slot, policy);
-          at.advance();
+        fill(own, at, steps, [&](int slot, int step) {
+          weights.load(own, slot, policy);
           if (step < T::STAGES) pace.hold((step + 1) * T::WEIGHTS_BYTES);
-        }
+        });
       } else if (warp == T::WARPS + 1) {
         prefetch_tensor_map(&acts);
         wait_for_predecessors();  // activations and output belong to earlier kernels until here; stores depend on these
                                   // loads
-        for (int step = 0; step < steps; step++) {
-          mbar_wait(own.empty(at.slot), at.free_parity());
-          load_acts(own, at.slot, acts, p, token0, unit0 + step * T::STEP_UNITS);
-          at.advance();
-        }
+        fill(own, at, steps,
+             [&](int slot, int step) { load_acts(own, slot, acts, p, token0, unit0 + step * T::STEP_UNITS); });
       } else {
         ScaleProducer<T> scales(p, read0, unit0);
-        for (int step = 0; step < steps; step++) {
-          mbar_wait(own.empty(at.slot), at.free_parity());
-          scales.load(own, at.slot, policy);
-          at.advance();
-        }
+        fill(own, at, steps, [&](int slot, int) { scales.load(own, slot, policy); });
       }
     }
-  } else {
-    Consumer<Types, T>(p, ring, strip0, k_wg, warp, lane).multiply(acc, steps, p.late_steps);
+    meet_cluster();
+    return;
   }
-
-  if (split > 1) {
-    __syncwarp();
-    cluster_wait();
-  }
-  if (warp >= T::WARPS) return;
+  float acc[T::BLOCKS][T::TOKENS / 2];
+  Consumer<Types, T>(p, ring, strip0, k_wg, warp, lane).multiply(acc, steps, p.late_steps);
+  meet_cluster();
   auto slab_row = [&](int b) { return row0 + (strip0 + b) * 64 + warp % 4 * 16; };
   SlabBias bias[T::BLOCKS];
 #pragma unroll

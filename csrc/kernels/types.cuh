@@ -9,6 +9,10 @@
 // A struct whose GENERAL is set also takes zero points, types without one (u4, u8), and groups of 32. It applies
 //   value = scale * (code - z)           z the integer zero point, or else the type's own
 //   value = scale * code - zero          with floating zero points
+//
+// What conversion needs of a group, Rows, is computed once for both of the thread's rows: what belongs to row g lies in
+// the low halves of its registers and what belongs to row g + 8 in the high ones. Instructions of packed halves take
+// either half of an operand for both of theirs, so that of_g and of_g8 cost nothing.
 #pragma once
 #include <cstdint>
 
@@ -18,11 +22,27 @@
 
 namespace machete {
 
-DEVICE uint32_t both_halves(uint32_t bits16) {
+DEVICE uint32_t pair(uint32_t g, uint32_t g8) { return __byte_perm(g, g8, 0x5410); }  // of their low halves
+DEVICE uint32_t of_g(uint32_t pair) {
   uint32_t d;
-  asm("{.reg .b16 h;\ncvt.u16.u32 h, %1;\nmov.b32 %0, {h, h};}" : "=r"(d) : "r"(bits16));
+  asm("{.reg .b16 g, g8;\nmov.b32 {g, g8}, %1;\nmov.b32 %0, {g, g};}" : "=r"(d) : "r"(pair));
   return d;
 }
+DEVICE uint32_t of_g8(uint32_t pair) {
+  uint32_t d;
+  asm("{.reg .b16 g, g8;\nmov.b32 {g, g8}, %1;\nmov.b32 %0, {g8, g8};}" : "=r"(d) : "r"(pair));
+  return d;
+}
+// word & mask | bits: of two constants the compiler would make two instructions.
+DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(mask), "r"(bits));
+  return d;
+}
+// Selects, for __byte_perm(g, g8), the zero points of one byte that lie at `row`, which is g, and at g + 8: they are
+// read with their neighbours, as the lower or the upper byte. They come out as halves, since bytes 2 and 3 of what was
+// read are 0.
+DEVICE uint32_t zero_bytes(int row) { return row % 2 ? 0x6521 : 0x6420; }
 // Bytes 0 and 2 of a word in its halves, or bytes 1 and 3; above each the byte `above`.
 DEVICE uint32_t even_bytes(uint32_t word, uint32_t above) { return __byte_perm(word, above, 0x4240); }
 DEVICE uint32_t odd_bytes(uint32_t word, uint32_t above) { return __byte_perm(word, above, 0x4341); }
@@ -65,23 +85,22 @@ struct Bf16Types {
 struct Bf16U4b8 : Bf16Types {
   static constexpr bool GENERAL = false;
 
-  struct RowScale {
+  struct Rows {
     uint32_t lo, hi, bias;
-    DEVICE void set(uint32_t bits) {
-      const uint32_t s = both_halves(bits);
-      lo = multiply(s, 0x72007200u);    // 2^101
-      hi = multiply(s, 0x70007000u);    // 2^97
-      bias = multiply(s, 0xb100b100u);  // -8 * 2^-32
+    DEVICE void set(uint32_t scales) {
+      lo = multiply(scales, 0x72007200u);    // 2^101
+      hi = multiply(scales, 0x70007000u);    // 2^97
+      bias = multiply(scales, 0xb100b100u);  // -8 * 2^-32
     }
   };
   // 9 instructions for 8 weights
-  template <class Row>
-  static DEVICE void convert(uint32_t word, const Row& g, const Row& g8, uint32_t (&frag)[4]) {
+  template <class Rows>
+  static DEVICE void convert(uint32_t word, const Rows& rows, uint32_t (&frag)[4]) {
     const uint32_t word8 = word >> 8;
-    frag[0] = fma(word & 0x000f000fu, g.lo, g.bias);
-    frag[2] = fma(word & 0x00f000f0u, g.hi, g.bias);
-    frag[1] = fma(word8 & 0x000f000fu, g8.lo, g8.bias);
-    frag[3] = fma(word8 & 0x00f000f0u, g8.hi, g8.bias);
+    frag[0] = fma(word & 0x000f000fu, of_g(rows.lo), of_g(rows.bias));
+    frag[2] = fma(word & 0x00f000f0u, of_g(rows.hi), of_g(rows.bias));
+    frag[1] = fma(word8 & 0x000f000fu, of_g8(rows.lo), of_g8(rows.bias));
+    frag[3] = fma(word8 & 0x00f000f0u, of_g8(rows.hi), of_g8(rows.bias));
   }
 };
 
@@ -92,89 +111,77 @@ struct Bf16Float : Bf16Types {
   static constexpr int ZERO_BYTES = 2;  // of a zero point in the ring
   struct Aux {
     uint32_t factor;
-    DEVICE explicit Aux(const GemmParams& p) {
+    DEVICE Aux(const GemmParams& p, int /*row*/) {
       const float f = p.zeros ? -1.f / UNDO : -float(p.code_zero) / UNDO;
       factor = pack(f, f);
     }
   };
 };
 struct Bf16U4Float : Bf16Float {
-  struct RowScale {
+  struct Rows {
     uint32_t lo, hi, bias;
-    DEVICE void set(uint32_t scale, uint32_t zero, const Aux& aux) {
-      const uint32_t s = both_halves(scale);
-      lo = multiply(s, 0x72007200u);  // 2^101
-      hi = multiply(s, 0x70007000u);  // 2^97
-      bias = multiply(both_halves(zero), aux.factor);
+    DEVICE void set(uint32_t scales, uint32_t zero_g, uint32_t zero_g8, const Aux& aux) {
+      lo = multiply(scales, 0x72007200u);  // 2^101
+      hi = multiply(scales, 0x70007000u);  // 2^97
+      bias = multiply(pair(zero_g, zero_g8), aux.factor);
     }
   };
-  static DEVICE void convert(uint32_t word, const RowScale& g, const RowScale& g8, uint32_t (&frag)[4]) {
-    Bf16U4b8::convert(word, g, g8, frag);
+  static DEVICE void convert(uint32_t word, const Rows& rows, uint32_t (&frag)[4]) {
+    Bf16U4b8::convert(word, rows, frag);
   }
 };
 struct Bf16U8Float : Bf16Float {
-  struct RowScale {
+  struct Rows {
     uint32_t s, bias;
-    DEVICE void set(uint32_t scale, uint32_t zero, const Aux& aux) {
-      s = multiply(both_halves(scale), 0x72007200u);  // 2^101
-      bias = multiply(both_halves(zero), aux.factor);
+    DEVICE void set(uint32_t scales, uint32_t zero_g, uint32_t zero_g8, const Aux& aux) {
+      s = multiply(scales, 0x72007200u);  // 2^101
+      bias = multiply(pair(zero_g, zero_g8), aux.factor);
     }
   };
   // 8 instructions for 8 weights
-  static DEVICE void convert(uint32_t word0, uint32_t word1, const RowScale& g, const RowScale& g8,
-                             uint32_t (&frag)[4]) {
-    frag[0] = fma(even_bytes(word0, 0), g.s, g.bias);
-    frag[1] = fma(odd_bytes(word0, 0), g8.s, g8.bias);
-    frag[2] = fma(even_bytes(word1, 0), g.s, g.bias);
-    frag[3] = fma(odd_bytes(word1, 0), g8.s, g8.bias);
+  static DEVICE void convert(uint32_t word0, uint32_t word1, const Rows& rows, uint32_t (&frag)[4]) {
+    frag[0] = fma(even_bytes(word0, 0), of_g(rows.s), of_g(rows.bias));
+    frag[1] = fma(odd_bytes(word0, 0), of_g8(rows.s), of_g8(rows.bias));
+    frag[2] = fma(even_bytes(word1, 0), of_g(rows.s), of_g(rows.bias));
+    frag[3] = fma(odd_bytes(word1, 0), of_g8(rows.s), of_g8(rows.bias));
   }
 };
 
 // Integer zero points: (u - z) * 2^-133 is exact, for any u and z up to 255, and the multiplication rounds once. An
-// integer below 256 is its own bits as such a number.
+// integer below 256 is its own bits as such a number. Of code bits 4 to 7 a fused multiply-add takes a sixteenth first.
 struct Bf16Int : Bf16Types {
   static constexpr bool GENERAL = true;
   static constexpr int ZERO_BYTES = 1;
   struct Aux {
-    DEVICE explicit Aux(const GemmParams&) {}
+    uint32_t selector;
+    DEVICE Aux(const GemmParams&, int row) : selector(zero_bytes(row)) {}
   };
-  static DEVICE uint32_t minus(uint32_t zero) { return both_halves((zero & 0xffu) | 0x8000u); }
-};
-struct Bf16U4Int : Bf16Int {
-  struct RowScale {
-    uint32_t lo, hi, zero_lo, zero_hi;
-    DEVICE void set(uint32_t scale, uint32_t zero, const Aux&) {
-      const uint32_t s = both_halves(scale);
-      lo = multiply(s, 0x72007200u);  // 2^101
-      hi = multiply(s, 0x70007000u);  // 2^97
-      zero_lo = minus(zero);
-      zero_hi = multiply(zero_lo, 0x41804180u);  // 16
+  struct Rows {
+    uint32_t s, minus_zero;
+    DEVICE void set(uint32_t scales, uint32_t zero_g, uint32_t zero_g8, const Aux& aux) {
+      s = multiply(scales, 0x72007200u);  // 2^101
+      minus_zero = __byte_perm(zero_g, zero_g8, aux.selector) | 0x80008000u;
     }
   };
+};
+struct Bf16U4Int : Bf16Int {
+  static constexpr uint32_t SIXTEENTH = 0x3d803d80u;
   // 13 instructions for 8 weights
-  static DEVICE void convert(uint32_t word, const RowScale& g, const RowScale& g8, uint32_t (&frag)[4]) {
+  static DEVICE void convert(uint32_t word, const Rows& rows, uint32_t (&frag)[4]) {
     const uint32_t word8 = word >> 8;
-    frag[0] = multiply(add(word & 0x000f000fu, g.zero_lo), g.lo);
-    frag[2] = multiply(add(word & 0x00f000f0u, g.zero_hi), g.hi);
-    frag[1] = multiply(add(word8 & 0x000f000fu, g8.zero_lo), g8.lo);
-    frag[3] = multiply(add(word8 & 0x00f000f0u, g8.zero_hi), g8.hi);
+    frag[0] = multiply(add(word & 0x000f000fu, of_g(rows.minus_zero)), of_g(rows.s));
+    frag[2] = multiply(fma(word & 0x00f000f0u, SIXTEENTH, of_g(rows.minus_zero)), of_g(rows.s));
+    frag[1] = multiply(add(word8 & 0x000f000fu, of_g8(rows.minus_zero)), of_g8(rows.s));
+    frag[3] = multiply(fma(word8 & 0x00f000f0u, SIXTEENTH, of_g8(rows.minus_zero)), of_g8(rows.s));
   }
 };
 struct Bf16U8Int : Bf16Int {
-  struct RowScale {
-    uint32_t s, zero;
-    DEVICE void set(uint32_t scale, uint32_t z, const Aux&) {
-      s = multiply(both_halves(scale), 0x72007200u);  // 2^101
-      zero = minus(z);
-    }
-  };
   // 12 instructions for 8 weights
-  static DEVICE void convert(uint32_t word0, uint32_t word1, const RowScale& g, const RowScale& g8,
-                             uint32_t (&frag)[4]) {
-    frag[0] = multiply(add(even_bytes(word0, 0), g.zero), g.s);
-    frag[1] = multiply(add(odd_bytes(word0, 0), g8.zero), g8.s);
-    frag[2] = multiply(add(even_bytes(word1, 0), g.zero), g.s);
-    frag[3] = multiply(add(odd_bytes(word1, 0), g8.zero), g8.s);
+  static DEVICE void convert(uint32_t word0, uint32_t word1, const Rows& rows, uint32_t (&frag)[4]) {
+    frag[0] = multiply(add(even_bytes(word0, 0), of_g(rows.minus_zero)), of_g(rows.s));
+    frag[1] = multiply(add(odd_bytes(word0, 0), of_g8(rows.minus_zero)), of_g8(rows.s));
+    frag[2] = multiply(add(even_bytes(word1, 0), of_g(rows.minus_zero)), of_g(rows.s));
+    frag[3] = multiply(add(odd_bytes(word1, 0), of_g8(rows.minus_zero)), of_g8(rows.s));
   }
 };
 
@@ -214,25 +221,30 @@ struct Fp16Types {
     asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
   }
-  static DEVICE uint32_t low(uint32_t word) { return (word & 0x000f000fu) | 0x64006400u; }   // 1024 + u
-  static DEVICE uint32_t high(uint32_t word) { return (word & 0x00f000f0u) | 0x64006400u; }  // 1024 + 16 u
+  static DEVICE uint32_t minus(uint32_t a) {  // which becomes a sign of the operand
+    uint32_t d;
+    asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+  }
+  static DEVICE uint32_t low(uint32_t word) { return and_or(word, 0x000f000fu, 0x64006400u); }   // 1024 + u
+  static DEVICE uint32_t high(uint32_t word) { return and_or(word, 0x00f000f0u, 0x64006400u); }  // 1024 + 16 u
   static constexpr uint32_t SIXTEENTH = 0x2c002c00u;
 };
 
 struct Fp16U4b8 : Fp16Types {
   static constexpr bool GENERAL = false;
 
-  struct RowScale {
+  struct Rows {
     uint32_t s;
-    DEVICE void set(uint32_t bits) { s = both_halves(bits); }
+    DEVICE void set(uint32_t scales) { s = scales; }
   };
   // 13 instructions for 8 weights
-  static DEVICE void convert(uint32_t word, const RowScale& g, const RowScale& g8, uint32_t (&frag)[4]) {
+  static DEVICE void convert(uint32_t word, const Rows& rows, uint32_t (&frag)[4]) {
     const uint32_t word8 = word >> 8;
-    frag[0] = multiply(add(low(word), 0xe408e408u), g.s);              // 1024 + u - 1032
-    frag[2] = multiply(fma(high(word), SIXTEENTH, 0xd480d480u), g.s);  // (1024 + 16 u) / 16 - 72
-    frag[1] = multiply(add(low(word8), 0xe408e408u), g8.s);
-    frag[3] = multiply(fma(high(word8), SIXTEENTH, 0xd480d480u), g8.s);
+    frag[0] = multiply(add(low(word), 0xe408e408u), of_g(rows.s));              // 1024 + u - 1032
+    frag[2] = multiply(fma(high(word), SIXTEENTH, 0xd480d480u), of_g(rows.s));  // (1024 + 16 u) / 16 - 72
+    frag[1] = multiply(add(low(word8), 0xe408e408u), of_g8(rows.s));
+    frag[3] = multiply(fma(high(word8), SIXTEENTH, 0xd480d480u), of_g8(rows.s));
   }
 };
 
@@ -242,51 +254,55 @@ struct Fp16Any : Fp16Types {
   static constexpr bool GENERAL = true;
   static constexpr int ZERO_BYTES = 0;  // as the launch's flags say
   struct Aux {
-    uint32_t offset, integer_mask, float_mask;
-    DEVICE explicit Aux(const GemmParams& p) {
-      const bool integers = p.flags & FLAG_INTEGER_ZEROS;
-      offset = 0xe400u | (p.zeros ? 0 : p.code_zero);
-      integer_mask = p.zeros && integers ? 0xffu : 0;
-      float_mask = p.zeros && !integers ? 0xffffu : 0;
+    uint32_t selector, offset;
+    bool integers, floats;
+    DEVICE Aux(const GemmParams& p, int row) {
+      integers = p.zeros && (p.flags & FLAG_INTEGER_ZEROS);
+      floats = p.zeros && !integers;
+      selector = integers ? zero_bytes(row) : 0x5410;  // or the halves
+      offset = 0xe400e400u | (p.zeros ? 0 : p.code_zero * 0x00010001u);
     }
-    DEVICE uint32_t minus_offset(uint32_t zero) const { return both_halves(offset | (zero & integer_mask)); }
-    DEVICE uint32_t addend(uint32_t zero) const { return both_halves((zero & float_mask) ^ 0x8000u); }
+    DEVICE uint32_t zeros(uint32_t zero_g, uint32_t zero_g8) const { return __byte_perm(zero_g, zero_g8, selector); }
+    DEVICE uint32_t minus_offset(uint32_t zeros) const { return offset | (integers ? zeros : 0); }
+    DEVICE uint32_t subtrahend(uint32_t zeros) const { return floats ? zeros : 0; }
   };
 };
 struct Fp16U4Any : Fp16Any {
-  struct RowScale {
+  struct Rows {
     uint32_t s, zero_lo, zero_hi, bias;
-    DEVICE void set(uint32_t scale, uint32_t zero, const Aux& aux) {
-      s = both_halves(scale);
-      zero_lo = aux.minus_offset(zero);
+    DEVICE void set(uint32_t scales, uint32_t zero_g, uint32_t zero_g8, const Aux& aux) {
+      const uint32_t zeros = aux.zeros(zero_g, zero_g8);
+      s = scales;
+      zero_lo = aux.minus_offset(zeros);
       zero_hi = add(zero_lo, 0x63806380u);  // -(1024 + z) + 960
-      bias = aux.addend(zero);
+      bias = aux.subtrahend(zeros);
     }
   };
-  static DEVICE void convert(uint32_t word, const RowScale& g, const RowScale& g8, uint32_t (&frag)[4]) {
+  // 13 instructions for 8 weights
+  static DEVICE void convert(uint32_t word, const Rows& rows, uint32_t (&frag)[4]) {
     const uint32_t word8 = word >> 8;
-    frag[0] = fma(add(low(word), g.zero_lo), g.s, g.bias);
-    frag[2] = fma(fma(high(word), SIXTEENTH, g.zero_hi), g.s, g.bias);
-    frag[1] = fma(add(low(word8), g8.zero_lo), g8.s, g8.bias);
-    frag[3] = fma(fma(high(word8), SIXTEENTH, g8.zero_hi), g8.s, g8.bias);
+    frag[0] = fma(add(low(word), of_g(rows.zero_lo)), of_g(rows.s), minus(of_g(rows.bias)));
+    frag[2] = fma(fma(high(word), SIXTEENTH, of_g(rows.zero_hi)), of_g(rows.s), minus(of_g(rows.bias)));
+    frag[1] = fma(add(low(word8), of_g8(rows.zero_lo)), of_g8(rows.s), minus(of_g8(rows.bias)));
+    frag[3] = fma(fma(high(word8), SIXTEENTH, of_g8(rows.zero_hi)), of_g8(rows.s), minus(of_g8(rows.bias)));
   }
 };
 struct Fp16U8Any : Fp16Any {
-  struct RowScale {
+  struct Rows {
     uint32_t s, zero, bias;
-    DEVICE void set(uint32_t scale, uint32_t z, const Aux& aux) {
-      s = both_halves(scale);
-      zero = aux.minus_offset(z);
-      bias = aux.addend(z);
+    DEVICE void set(uint32_t scales, uint32_t zero_g, uint32_t zero_g8, const Aux& aux) {
+      const uint32_t zeros = aux.zeros(zero_g, zero_g8);
+      s = scales;
+      zero = aux.minus_offset(zeros);
+      bias = aux.subtrahend(zeros);
     }
   };
   // 12 instructions for 8 weights; 0x64 above a byte makes 1024 + u
-  static DEVICE void convert(uint32_t word0, uint32_t word1, const RowScale& g, const RowScale& g8,
-                             uint32_t (&frag)[4]) {
-    frag[0] = fma(add(even_bytes(word0, 0x64), g.zero), g.s, g.bias);
-    frag[1] = fma(add(odd_bytes(word0, 0x64), g8.zero), g8.s, g8.bias);
-    frag[2] = fma(add(even_bytes(word1, 0x64), g.zero), g.s, g.bias);
-    frag[3] = fma(add(odd_bytes(word1, 0x64), g8.zero), g8.s, g8.bias);
+  static DEVICE void convert(uint32_t word0, uint32_t word1, const Rows& rows, uint32_t (&frag)[4]) {
+    frag[0] = fma(add(even_bytes(word0, 0x64), of_g(rows.zero)), of_g(rows.s), minus(of_g(rows.bias)));
+    frag[1] = fma(add(odd_bytes(word0, 0x64), of_g8(rows.zero)), of_g8(rows.s), minus(of_g8(rows.bias)));
+    frag[2] = fma(add(even_bytes(word1, 0x64), of_g(rows.zero)), of_g(rows.s), minus(of_g(rows.bias)));
+    frag[3] = fma(add(odd_bytes(word1, 0x64), of_g8(rows.zero)), of_g8(rows.s), minus(of_g8(rows.bias)));
   }
 };
 
