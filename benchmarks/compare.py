@@ -69,12 +69,21 @@ def main() -> None:
     parser.add_argument("--dtype", "--types", default="bf16", choices=list(A_DTYPES))
     parser.add_argument("--weights", default="u4b8", choices=list(KINDS))
     parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--rest", type=float, default=0.0, help="idle time after each replay, in times its duration")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these of the file's M")
     options = parser.parse_args()
     require_gpu()
     document = json.loads(FIGURES.read_text())
     shapes = tuple((shape["n"], shape["k"]) for shape in document["shapes"])
     kind = KINDS[options.weights]
-    plan = Plan(shapes, tuple(document["tokens"]), A_DTYPES[options.dtype], options.group, weights=kind)
+    plan = Plan(
+        shapes,
+        tuple(m for m in document["tokens"] if m in (options.tokens or [m])),
+        A_DTYPES[options.dtype],
+        options.group,
+        weights=kind,
+        rest=options.rest,
+    )
     figures = load_figures(document)
     scales = comparable(torch.cuda.get_device_name(), options.group, options.weights)
     adjust = partial(with_scaled, figures=figures) if scales else None

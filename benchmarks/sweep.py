@@ -60,7 +60,7 @@ def kind_of(types: TypeConfig) -> WeightKind:
 
 
 def sweep(
-    types: TypeConfig, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], group: int
+    types: TypeConfig, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], group: int, rest: float
 ) -> Iterator[list[dict[str, Any]]]:
     """For each shape, one row a product: {"types", "m", "n", "k", "group", "cublas_us", "us": {schedule: us}}."""
     manifest, kind = machete.fetch_bundle().manifest, kind_of(types)
@@ -71,7 +71,7 @@ def sweep(
         for m in tokens:
             names = [s.name for s in manifest.schedules_for(types) if tiles[s.tile].suits(m)]
             graphs = [layer.cublas_graph(m), *(layer.gemm_graph(m, name) for name in names)]
-            cublas, *ours = (round(us, 3) for us in alternate_us(graphs, ROUNDS))
+            cublas, *ours = (round(us, 3) for us in alternate_us(graphs, ROUNDS, rest))
             times = dict(zip(names, ours, strict=True))
             best = min(times, key=lambda name: times[name])
             rows.append({"types": types.name, "m": m, "n": n, "k": k, "group": group, "cublas_us": cublas, "us": times})
@@ -97,6 +97,7 @@ def main() -> None:
         "--shapes", type=_span, default=slice(None), help="only the first N shapes, or those from A to B: A:B"
     )
     parser.add_argument("--tokens", nargs="+", type=int, help="only these of the grid's M")
+    parser.add_argument("--rest", type=float, default=0, help="idle time after each replay, in times its duration")
     options = parser.parse_args()
     shapes = (HELD_OUT_SHAPES if options.held_out else SHAPES)[options.shapes]
     tokens = [m for m in (HELD_OUT_TOKENS if options.held_out else TOKENS) if m in (options.tokens or [m])]
@@ -104,11 +105,12 @@ def main() -> None:
         "device": driver.device(0).part._asdict(),
         "torch": torch.__version__,
         "bundle": machete.fetch_bundle().manifest_sha256,
+        "rest": options.rest,
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],
     }
     for types in options.types:
-        for rows in sweep(known[types], shapes, tokens, 32 if known[types].fine else 128):
+        for rows in sweep(known[types], shapes, tokens, 32 if known[types].fine else 128, options.rest):
             record["rows"] += rows
             options.out.write_text(as_lines(record))  # after every shape, so that an interrupted run is not lost
 

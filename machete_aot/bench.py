@@ -46,7 +46,10 @@ ERROR_ROWS = 512  # of a result that are compared at a time
 
 @dataclass(frozen=True)
 class Plan:
-    """What to time: shapes (N, K), numbers of tokens M, the activations' dtype, k that share a scale (-1: all)."""
+    """What to time: shapes (N, K), numbers of tokens M, the activations' dtype, k that share a scale (-1: all).
+
+    ``rounds`` and ``rest`` are what ``timing.alternate_us`` takes.
+    """
 
     shapes: tuple[tuple[int, int], ...] = SHAPES
     tokens: tuple[int, ...] = TOKENS
@@ -54,6 +57,7 @@ class Plan:
     group: int = 128
     rounds: int = ROUNDS
     weights: WeightKind = U4B8
+    rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def _measure(
                 graphs[name] = graph
         except Exception as error:
             found[name] = _failure(name, error)
-    times = alternate_us(list(graphs.values()), plan.rounds)
+    times = alternate_us(list(graphs.values()), plan.rounds, plan.rest)
     for name, us in zip(graphs, times, strict=True):
         found[name] = Timing(us, found[name].error)
     clocks = _clocks(graphs[OURS], times[0], monitor) if monitor is not None and OURS in graphs else (None, None)

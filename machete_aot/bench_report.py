@@ -168,6 +168,7 @@ def record(
         "weights": plan.weights.name,
         "group": plan.group,
         "rounds": plan.rounds,
+        "rest": plan.rest,
         "peers": {
             **{peer.name: {"version": peer.version, "problem": None} for peer in peers},
             **{name: {"version": None, "problem": why} for name, why in missing.items()},

@@ -45,6 +45,13 @@ def add_command(add: Add) -> None:
     )
     bench.add_argument("--rounds", metavar="R", type=_positive, help="replays that each median is of (default: 9)")
     bench.add_argument(
+        "--rest",
+        metavar="T",
+        type=_rest,
+        default=0.0,
+        help="idle after each replay for T times its duration: power then limits less (default: 0)",
+    )
+    bench.add_argument(
         "--peers",
         metavar="NAME,...",
         type=_peers,
@@ -73,6 +80,7 @@ def _bench(options: argparse.Namespace) -> int:
         options.group,
         options.rounds or bench.ROUNDS,
         timing.KINDS[options.weights],
+        options.rest,
     )
     command = shlex.join(["machete-aot", *sys.argv[1:]])
     rows = bench_report.run_and_print(plan, options.peers, command, options.json_path)
@@ -115,6 +123,13 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _rest(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 100")
+    return value
 
 
 def _group(text: str) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -112,10 +113,12 @@ class TimedGraph:
         return start.elapsed_time(end) * 1e3 / len(self.calls)
 
 
-def alternate_us(graphs: Sequence[TimedGraph], rounds: int) -> list[float]:
+def alternate_us(graphs: Sequence[TimedGraph], rounds: int, rest: float = 0.0) -> list[float]:
     """Microseconds per call of each graph: the median over rounds in which all take turns.
 
-    In turns, because a card that is limited by power is faster in a first graph than in a tenth.
+    In turns, because a card that is limited by power is faster in a first graph than in a tenth. ``rest``: for how many
+    times its duration the card idles after each replay. Many graphs in turns heat a card as a program with other work
+    between its products does not, and its clocks then hide what tells their schedules apart.
     """
     times: list[list[float]] = [[] for _ in graphs]
     for graph in graphs:
@@ -123,6 +126,8 @@ def alternate_us(graphs: Sequence[TimedGraph], rounds: int) -> list[float]:
     for _ in range(rounds):
         for graph, found in zip(graphs, times, strict=True):
             found.append(graph.replay_us())
+            if rest:
+                time.sleep(rest * found[-1] * len(graph.calls) * 1e-6)
     return [statistics.median(found) for found in times]
 
 

@@ -104,7 +104,9 @@ def default_bundle_again() -> Iterator[None]:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that needs a device is replaced; times are 10, 20, 30, ... in the order of the graphs."""
     monkeypatch.setattr(timing, "TimedGraph", FakeGraph)
-    monkeypatch.setattr(bench, "alternate_us", lambda graphs, rounds: [10.0 * (i + 1) for i in range(len(graphs))])
+    monkeypatch.setattr(
+        bench, "alternate_us", lambda graphs, rounds, rest: [10.0 * (i + 1) for i in range(len(graphs))]
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -152,8 +154,8 @@ def test_other_options() -> None:
     options = options_of("--tokens", "8,1,8", "--group", "-1", "--dtype", "fp16", "--peers", "none", "--rounds", "5")
     assert (options.tokens, options.group, options.dtype, options.peers, options.rounds) == ((8, 1), -1, "fp16", (), 5)
     assert options_of("--peers", "humming,cublas").peers == ("humming", "cublas")
-    options = options_of("--weights", "u4+int-zeros", "--group", "32")
-    assert (options.weights, options.group) == ("u4+int-zeros", 32)
+    options = options_of("--weights", "u4+int-zeros", "--group", "32", "--rest", "1.5")
+    assert (options.weights, options.group, options.rest) == ("u4+int-zeros", 32, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,8 @@ def test_other_options() -> None:
         ("--dtype", "fp32"),
         ("--peers", "cutlass"),
         ("--rounds", "0"),
+        ("--rest", "-1"),
+        ("--rest", "x"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +232,20 @@ def test_graphs_take_turns_and_the_median_counts() -> None:
     graphs = [Scripted("a", [99, 1, 5, 3]), Scripted("b", [99, 20, 10, 90])]
     assert timing.alternate_us(graphs, 3) == [3, 20]  # type: ignore[arg-type]
     assert order == ["a", "b"] * 4
+
+
+def test_a_card_rests_in_proportion_to_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Constant:
+        def __init__(self, us: float, calls: int) -> None:
+            self.us, self.calls = us, [None] * calls
+
+        def replay_us(self) -> float:
+            return self.us
+
+    slept: list[float] = []
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    assert timing.alternate_us([Constant(10, 30), Constant(500, 4)], 2, rest=2) == [10, 500]  # type: ignore[arg-type]
+    assert slept == pytest.approx([600e-6, 4000e-6] * 2)
 
 
 @pytest.mark.parametrize(
