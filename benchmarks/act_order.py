@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +28,7 @@ from machete_aot.prepack import A_DTYPES
 from machete_aot.timing import Layer, TimedGraph, alternate_us
 
 from .eager import queue_us
+from .run_record import run_record
 
 TOKENS = (1, 16, 64)
 SIZES = (4096, 14336)  # K
@@ -167,10 +165,7 @@ def main() -> None:
     host = host_us(options.tokens[0], options.sizes[0], dtype)
     print("on the host: " + ", ".join(f"{name} {us:.2f} us" for name, us in host.items()))
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.act_order", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "bundle": machete.fetch_bundle().manifest_sha256,
-        "torch": torch.__version__,
+        **run_record("act_order"),
         "device": device_facts(monitor),
         "types": options.dtype,
         "group": options.group,

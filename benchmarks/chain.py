@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +23,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-import machete_aot as machete
 from machete_aot.bench import OURS, PEER_FACTOR, Timing, check, reference_product, relative_error, require_gpu
 from machete_aot.bench_report import device_facts
 from machete_aot.clocks import Monitor
@@ -35,6 +31,8 @@ from machete_aot.prepack import A_DTYPES
 from machete_aot.product import A_NAMES
 from machete_aot.record import TOLERANCE
 from machete_aot.timing import COLD_BYTES, Layer, Multiply, TimedGraph, Weights, alternate_us
+
+from .run_record import run_record
 
 TOKENS = (1, 16, 64)
 POSITIONS = 1024  # in the cache of each sequence
@@ -233,10 +231,7 @@ def main() -> None:
     for name in options.models:
         rows += chain(MODELS[name], options.tokens, A_DTYPES[options.dtype], options.group, options.rounds, peers)
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.chain", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "bundle": machete.fetch_bundle().manifest_sha256,
-            "torch": torch.__version__,
+            **run_record("chain"),
             "device": device_facts(monitor),
             "types": options.dtype,
             "group": options.group,

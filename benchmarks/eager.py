@@ -30,6 +30,7 @@ from machete_aot.cli_bench import MODELS
 from machete_aot.peers import PEERS, find_peers
 from machete_aot.timing import Layer, TimedGraph, alternate_us
 
+from .run_record import run_record
 from .soak import soak
 
 M, N, K, GROUP = 16, 4096, 4096, 128
@@ -124,9 +125,8 @@ def main() -> None:
         print(json.dumps(child(options.child)))
         return
     record = {
+        **run_record("eager"),
         "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
         "product": [M, N, K],
         "native": spawn("queue"),
         "bindings": spawn("queue", **{LOADER: "0"}),

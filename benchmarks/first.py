@@ -203,15 +203,14 @@ def main() -> None:
         return
     if options.processes < 1:
         parser.error("--processes must be at least 1")
-    import torch
+    from .run_record import run_record
 
     with driver_for_children() as (device, environment):
         found = run_children(options.processes, options.seconds, environment)
     record = {
+        **run_record("first"),
         "device": device,
-        "torch": torch.__version__,
         "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
         "product": [M, N, K],
         "loader": found["alone"][0]["loader"],
         **{mode: summary(children) for mode, children in found.items()},

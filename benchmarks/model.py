@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.decoding import REFERENCE, add_options, decode
 from benchmarks.random_weights import DEQUANTISED, GROUP, RANDOM, WEIGHT, preferred, random_gptq
+from benchmarks.run_record import run_record
 from machete_aot.bench_report import device_facts
 from machete_aot.nn import MacheteLinear, fuse, load_quantized, parameters_on_meta
 from machete_aot.nn.checkpoint import Checkpoint
@@ -84,9 +84,7 @@ class Run:
             tie_word_embeddings=False,
         )
         self.found: dict[str, Any] = {
-            "command": shlex.join(["python", "-m", "benchmarks.model", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
+            **run_record("model"),
             "device": device_facts(None) if self.device.type == "cuda" else "cpu",
             "model": {
                 k: getattr(options, k) for k in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab")

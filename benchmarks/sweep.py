@@ -7,7 +7,6 @@ python -m benchmarks.sweep --out sweep.json
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from machete_aot.bench_report import as_lines
 from machete_aot.config import TypeConfig
 from machete_aot.prepack import A_DTYPES
 from machete_aot.timing import KINDS, Layer, WeightKind, alternate_us
+
+from .run_record import run_record
 
 SHAPES = (
     (4096, 4096),
@@ -102,11 +103,9 @@ def main() -> None:
     shapes = (HELD_OUT_SHAPES if options.held_out else SHAPES)[options.shapes]
     tokens = [m for m in (HELD_OUT_TOKENS if options.held_out else TOKENS) if m in (options.tokens or [m])]
     record: dict[str, Any] = {
+        **run_record("sweep"),
         "device": driver.device(0).part._asdict(),
-        "torch": torch.__version__,
-        "bundle": machete.fetch_bundle().manifest_sha256,
         "rest": options.rest,
-        "date": time.strftime("%Y-%m-%d"),
         "rows": [],
     }
     for types in options.types:

@@ -40,7 +40,7 @@ static machete_loader_plan plan_of(int32_t m) {
       .abi = MACHETE_ABI_VERSION,
       .options = MACHETE_LOADER_PAIRS | MACHETE_LOADER_ONE_PER_SM | MACHETE_LOADER_EVERY_SM,
       .grid = {64, 1, 1},
-      .block = {320, 1, 1},
+      .block = {352, 1, 1},
       .cluster = {2, 1, 1},
       .shared_memory = 100000,
       .rank = 3,

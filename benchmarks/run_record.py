@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the file of every benchmark says of its run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+
+import torch
+
+import machete_aot as machete
+
+
+def run_record(benchmark: str) -> dict[str, str]:
+    """The command that was given, the date, the digest of the bundle in use and torch's version."""
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "bundle": machete.fetch_bundle().manifest_sha256,
+        "torch": torch.__version__,
+    }
