@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,9 +23,12 @@ import torch
 
 from machete_aot.bench import CUBLAS, Plan, Row, Timing, require_gpu
 from machete_aot.bench_report import run_and_print
+from machete_aot.cli_bench import rest_of
 from machete_aot.peers import PEERS
 from machete_aot.prepack import A_DTYPES
 from machete_aot.timing import KINDS
+
+from .run_record import command
 
 FIGURES = Path(__file__).with_name("peers_h100.json")
 FIGURES_GROUP, FIGURES_WEIGHTS = 128, "u4b8"  # of FIGURES
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--dtype", "--types", default="bf16", choices=list(A_DTYPES))
     parser.add_argument("--weights", default="u4b8", choices=list(KINDS))
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--rest", type=float, default=0.0, help="idle time after each replay, in times its duration")
+    parser.add_argument("--rest", type=rest_of, default=0.0, help="idle time after each replay, in times its duration")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these of the file's M")
     options = parser.parse_args()
     require_gpu()
@@ -87,9 +88,7 @@ def main() -> None:
     figures = load_figures(document)
     scales = comparable(torch.cuda.get_device_name(), options.group, options.weights)
     adjust = partial(with_scaled, figures=figures) if scales else None
-    run_and_print(
-        plan, tuple(PEERS), shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]), options.out, adjust
-    )
+    run_and_print(plan, tuple(PEERS), command("compare"), options.out, adjust)
     if scales:
         print(f"~: scaled from {FIGURES.name} (bf16, {FIGURES_WEIGHTS}, group {FIGURES_GROUP}) by cuBLAS's time")
     else:

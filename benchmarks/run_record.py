@@ -12,10 +12,15 @@ import torch
 import machete_aot as machete
 
 
+def command(benchmark: str) -> str:
+    """The command that was given."""
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]])
+
+
 def run_record(benchmark: str) -> dict[str, str]:
-    """The command that was given, the date, the digest of the bundle in use and torch's version."""
+    """The command, the date, the digest of the bundle in use and torch's version."""
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "command": command(benchmark),
         "date": time.strftime("%Y-%m-%d"),
         "bundle": machete.fetch_bundle().manifest_sha256,
         "torch": torch.__version__,

@@ -26,6 +26,8 @@ import torch
 import machete_aot as machete
 from machete_aot import calls, loader
 
+from .run_record import run_record
+
 GROUP = 128
 LAYERS = ((4096, 4096), (1000, 1096), (576, 7168))
 TOKENS = (1, 7, 16, 64, 200)
@@ -115,7 +117,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("needs a GPU; tests/test_loader.py does the same on the stub driver")
     found = soak(options.calls, options.seconds)
-    record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    record = {**run_record("soak"), "device": torch.cuda.get_device_name()}
     text = json.dumps({**record, **found}, indent=2)
     print(text)
     if options.out:

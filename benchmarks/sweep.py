@@ -17,6 +17,7 @@ import machete_aot as machete
 from build_kernels.catalogue import SYMMETRIC, TYPES
 from machete_aot import driver
 from machete_aot.bench_report import as_lines
+from machete_aot.cli_bench import rest_of
 from machete_aot.config import TypeConfig
 from machete_aot.prepack import A_DTYPES
 from machete_aot.timing import KINDS, Layer, WeightKind, alternate_us
@@ -98,7 +99,7 @@ def main() -> None:
         "--shapes", type=_span, default=slice(None), help="only the first N shapes, or those from A to B: A:B"
     )
     parser.add_argument("--tokens", nargs="+", type=int, help="only these of the grid's M")
-    parser.add_argument("--rest", type=float, default=0, help="idle time after each replay, in times its duration")
+    parser.add_argument("--rest", type=rest_of, default=0.0, help="idle time after each replay, in times its duration")
     options = parser.parse_args()
     shapes = (HELD_OUT_SHAPES if options.held_out else SHAPES)[options.shapes]
     tokens = [m for m in (HELD_OUT_TOKENS if options.held_out else TOKENS) if m in (options.tokens or [m])]

@@ -47,7 +47,7 @@ def add_command(add: Add) -> None:
     bench.add_argument(
         "--rest",
         metavar="T",
-        type=_rest,
+        type=rest_of,
         default=0.0,
         help="idle after each replay for T times its duration: power then limits less (default: 0)",
     )
@@ -125,7 +125,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _rest(text: str) -> float:
+def rest_of(text: str) -> float:
+    """A value of ``--rest``, for argparse: see ``timing.alternate_us``."""
     value = float(text)
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 100")
