@@ -223,6 +223,24 @@ def test_failures_are_the_same(native: bool) -> None:
     check()
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_failures_of_repeated_calls(native: bool) -> None:
+    @stubbed
+    def check(stub: Stub) -> None:
+        use(native)
+        layer = Layer()
+        a, other = layer.acts(5), layer.acts(5)
+        layer.gemm(a)
+        layer.gemm(a)
+        stub.fail("cuTensorMapEncodeTiled", 1)
+        with pytest.raises(DriverCallError, match=f"address.* {other.data_ptr():#x}"):
+            layer.gemm(other)
+        layer.gemm(a)  # whose tensor map is known
+        assert len(stub.launches) == 3
+
+    check()
+
+
 @stubbed
 def test_refusals_are_typed(stub: Stub) -> None:
     use(True)
