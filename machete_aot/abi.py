@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameter block of every kernel: the one definition from which Python packs and the C header is generated.
 
-A kernel takes two parameters by value: a 128-byte CUtensorMap of the activations (offset 0) and ``GemmParams`` (offset
-128). ``python -m build_kernels abi`` writes csrc/kernels/gemm_params.h from ``FIELDS``; a test compiles that header
-and compares every offset with ``OFFSETS``. Change a field and ``ABI_VERSION`` must change with it.
+A kernel takes two parameters by value: three CUtensorMap of 128 bytes each (offset 0), of the activations, the scales
+and the zero points, and ``GemmParams`` (offset 384). ``python -m build_kernels abi`` writes csrc/kernels/gemm_params.h
+from ``FIELDS``; a test compiles that header and compares every offset with ``OFFSETS``. Change a field and
+``ABI_VERSION`` must change with it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 TENSOR_MAP_BYTES = 128
+MAPS = 3  # tensor maps of a launch: only with FLAG_SCALE_MAPS are those of scales and, if there are any, zeros read
+ONE_GROUP = 2**26  # group_blocks where one scale serves all of K: more blocks than any K has
 
 
 class Field(NamedTuple):
@@ -42,7 +45,7 @@ FIELDS = (
     Field("scale_stride", "int32_t", "i", "elements from one group's scales to the next, a multiple of 8"),
     Field("zero_stride", "int32_t", "i", "elements from one group's zeros to the next, a multiple of 16 bytes"),
     Field("out_stride", "int32_t", "i", "elements from one output row to the next"),
-    Field("group_blocks", "int32_t", "i", "32-k blocks that share a scale; at least ceil(k/32): one group over K"),
+    Field("group_blocks", "int32_t", "i", "32-k blocks that share a scale; 2^26: one group over K"),
     Field("code_zero", "int32_t", "i", "the code that stands for zero where zeros is null"),
     Field("flags", "int32_t", "i", "sum of the FLAG_ values"),
     Field("row_tiles", "int32_t", "i", "tiles along n"),
@@ -68,6 +71,7 @@ FLAG_OUT_FP32 = 8
 FLAG_OUT_BF16 = 16
 FLAG_OUT_FP16 = 32
 FLAG_SWIGLU = 64  # the output has n / 2 columns: silu(gate) * up of columns in turns, 8 of gate and 8 of up
+FLAG_SCALE_MAPS = 128  # groups are copied by tensor maps: their size divides a ring stage's K or is a multiple of it
 
 _STRUCT = struct.Struct("<" + "".join(f.code for f in FIELDS))
 SIZE = _STRUCT.size  # 136: a multiple of the pointers' alignment
@@ -75,7 +79,7 @@ SIZE = _STRUCT.size  # 136: a multiple of the pointers' alignment
 OFFSETS = {f.name: struct.calcsize("<" + "".join(g.code for g in FIELDS[:i])) for i, f in enumerate(FIELDS)}
 
 # (offset, size) of each kernel parameter; offsets count from the first one
-PARAMETERS = ((0, TENSOR_MAP_BYTES), (TENSOR_MAP_BYTES, SIZE))
+PARAMETERS = ((0, MAPS * TENSOR_MAP_BYTES), (MAPS * TENSOR_MAP_BYTES, SIZE))
 
 
 def pack_params(**values: int) -> bytes:

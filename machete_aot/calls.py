@@ -159,7 +159,7 @@ class Call:
                 )
             )  # fmt: skip
             if code:
-                native.fail(code, self._plan, acts)
+                native.fail(code, self._plan, (acts, scales, zeros))
         if fresh is not None:
             with driver.current(self._kernel.device):
                 if not driver.is_capturing(stream):

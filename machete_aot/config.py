@@ -166,6 +166,16 @@ class TileConfig:
         """Ring stages that a reduction of length ``k`` fills."""
         return ceil_div(ceil_div(k, UNIT_K), self.step_units)
 
+    def stage_groups(self, group: int, k: int) -> int:
+        """Groups of ``group`` k that every ring stage holds a whole number of, or one of which holds whole stages.
+
+        0 where neither is so: then the groups of a stage differ from one to the next.
+        """
+        stage = self.step_units * UNIT_K
+        if group >= k or group % stage == 0:
+            return 1
+        return 0 if stage % group else stage // group
+
     def effective_split(self, split: int, k: int) -> int:
         """The largest power of two, at most ``split``, that leaves every CTA of a cluster at least one step of K."""
         while split > self.steps(k):

@@ -77,7 +77,7 @@ class LaunchPlan:
     one_per_sm: bool  # no SM is to have two of the CTAs
     every_sm: bool  # and each has one
     workspace: int  # bytes of global memory
-    acts: TensorMapArgs
+    maps: tuple[TensorMapArgs | None, ...]  # of activations, scales and zeros; None: not read
     params: dict[str, int]
     pairs: bool
 
@@ -99,6 +99,7 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
     split = tile.effective_split(schedule.split, k)
     shares = even_shares(tile, m, n, k, schedule.even_ctas * sms)
     acts = tensor_map.activations(m, k, shape.row_stride, tile.tokens, tile.step_units // tile.cluster)
+    scale_maps = _scale_maps(tile, shape)
     ctas = shares.clusters * tile.cluster
     grid = (ctas, 1, 1) if ctas else _grid(tile, split, (m, n, k), sms)
     cluster = max(split, 1) * tile.cluster  # one of the two is 1
@@ -113,7 +114,7 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
         one_per_sm=one_per_sm,
         every_sm=one_per_sm and launched == sms,
         workspace=tile.workspace(ctas) if shares.tiles else 0,
-        acts=acts,
+        maps=(acts, *scale_maps),
         params={
             "m": m,
             "n": n,
@@ -121,9 +122,11 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
             "scale_stride": shape.scale_stride,
             "zero_stride": shape.zero_stride,
             "out_stride": shape.out_stride,
-            "group_blocks": ceil_div(k, BLOCK_K) if shape.group >= k else shape.group // BLOCK_K,
+            "group_blocks": abi.ONE_GROUP if shape.group >= k else shape.group // BLOCK_K,
             "code_zero": shape.code_zero,
-            "flags": shape.flags | (abi.FLAG_ACTS_2D if len(acts.dims) == 2 else 0),
+            "flags": shape.flags
+            | (abi.FLAG_ACTS_2D if len(acts.dims) == 2 else 0)
+            | (abi.FLAG_SCALE_MAPS if scale_maps[0] else 0),
             "row_tiles": tile.row_tiles(n),
             "token_tiles": ceil_div(m, tile.tokens),
             "steps": tile.steps(k),
@@ -134,6 +137,21 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
         },
         pairs=columns % 8 == 0 and shape.out_stride % 2 == 0 and not shape.flags & abi.FLAG_OUT_FP32,
     )
+
+
+def _scale_maps(tile: TileConfig, shape: Shape) -> tuple[TensorMapArgs | None, TensorMapArgs | None]:
+    """The tensor maps of scales and zeros, where stages hold whole groups or groups whole stages."""
+    stage_groups = tile.stage_groups(shape.group, shape.k)
+    if not stage_groups:
+        return None, None
+    groups = ceil_div(shape.k, shape.group)
+    scales = tensor_map.group_rows(groups, shape.n, shape.scale_stride, tile.rows, stage_groups)
+    if not shape.zero_stride:
+        return scales, None
+    columns, stride = shape.n, shape.zero_stride
+    if shape.flags & abi.FLAG_INTEGER_ZEROS:  # pairs, and twice as many as the tile has, so that all rows are as long
+        columns, stride = ceil_div(columns, 2), stride // 2
+    return scales, tensor_map.group_rows(groups, columns, stride, tile.rows, stage_groups)
 
 
 def multiply(
@@ -211,16 +229,21 @@ def launch(
         where = (plan.native.address, int(kernel.handle), operands, workspace, stream, int(kernel.device.context))
         code = native.launch(loader.pack_call(*where, overlap))
         if code:
-            native.fail(code, plan, operands.acts)
+            native.fail(code, plan, mapped(operands))
         return
     block = ctypes.create_string_buffer(parameter_bytes(plan, operands, workspace, next(_tokens) % 2**64), abi.SIZE)
     shared_memory = placement.shared_memory(
         plan.shared_memory, plan.one_per_sm, plan.every_sm, (kernel.device.index, stream)
     )
     config = launch_config(plan.grid, plan.block, plan.cluster, shared_memory, stream, overlap)
-    acts = tensor_map.encode(operands.acts, plan.acts)
-    pointers = (ctypes.c_void_p * 2)(acts.address, ctypes.addressof(block))
+    maps = tensor_map.encode(mapped(operands), plan.maps)
+    pointers = (ctypes.c_void_p * 2)(maps.address, ctypes.addressof(block))
     driver.call("cuLaunchKernelEx", config, kernel.handle, ctypes.addressof(pointers), 0)
+
+
+def mapped(operands: Operands) -> tuple[int, int, int]:
+    """The addresses of ``LaunchPlan.maps``."""
+    return operands.acts, operands.scales, operands.zeros
 
 
 def launch_config(

@@ -20,14 +20,16 @@ from .errors import DeviceError, DriverCallError
 
 if TYPE_CHECKING:
     from .launch import LaunchPlan, Operands
+    from .tensor_map import TensorMapArgs
 
 VARIABLE = "MACHETE_AOT_LOADER"
-VERSION = 2  # MACHETE_LOADER_VERSION
+VERSION = 3  # MACHETE_LOADER_VERSION
 IN_PACKAGE = Path(__file__).parent / "native" / "libmachete_loader.so"
+MAPPED = ("acts", "scales", "zeros")  # what the maps of a plan are of
 PAIRS, ONE_PER_SM, EVERY_SM = 1, 2, 4  # options of a plan
 OVERLAP = 1  # and of a call
 
-_PLAN = struct.Struct("<18I6Q")  # machete_loader_plan up to its GemmParams
+_PLAN = struct.Struct("<14I" + abi.MAPS * "4I5Q" + "Q")  # machete_loader_plan up to its GemmParams
 _CALL = struct.Struct("<4I13Q")  # machete_loader_call
 PLAN_BYTES = _PLAN.size + abi.SIZE
 _PLAN_MAGIC, _CALL_MAGIC = 0x4E4C504D, 0x4C4C434D
@@ -40,17 +42,21 @@ class LoaderError(Exception):
 
 def pack_plan(plan: LaunchPlan) -> bytes:
     """The machete_loader_plan of a plan."""
-    rank = len(plan.acts.dims)
     options = PAIRS * plan.pairs | ONE_PER_SM * plan.one_per_sm | EVERY_SM * plan.every_sm
     head = _PLAN.pack(
         *(_PLAN_MAGIC, PLAN_BYTES, abi.ABI_VERSION, options),
-        *(*plan.grid, *plan.block, *plan.cluster, plan.shared_memory, rank),
-        *_padded(plan.acts.box, 3),
-        *_padded(plan.acts.dims, 3),
-        *_padded(plan.acts.strides, 2),
+        *(*plan.grid, *plan.block, *plan.cluster, plan.shared_memory),
+        *(number for args in plan.maps for number in _map(args)),
         plan.workspace,
     )
     return head + abi.pack_params(**dict.fromkeys(abi.OFFSETS, 0) | plan.params)
+
+
+def _map(args: TensorMapArgs | None) -> tuple[int, ...]:
+    """The numbers of a machete_loader_map. Which of the maps is swizzled, the library knows."""
+    if args is None:
+        return _padded((), 9)
+    return len(args.dims), *_padded(args.box, 3), *_padded(args.dims, 3), *_padded(args.strides, 2)
 
 
 def _padded(values: tuple[int, ...], length: int) -> tuple[int, ...]:
@@ -109,14 +115,19 @@ class Loader:
         """What the library calls a status."""
         return str(self._library.machete_loader_status_name(code).decode())
 
-    def fail(self, code: int, plan: LaunchPlan, acts: int) -> None:
-        """Raises what a launch of ``plan`` that returned ``code`` means: DriverCallError, or DeviceError."""
+    def fail(self, code: int, plan: LaunchPlan, addresses: tuple[int, int, int]) -> None:
+        """Raises what a launch of ``plan`` that returned ``code`` means: DriverCallError, or DeviceError.
+
+        ``addresses``: those of its maps.
+        """
         result = self._library.machete_loader_result(code)
         if not result:
             raise DeviceError(f"the loader {self.path} refused a launch of {plan.kernel_id}: {self.name(code)}")
         function = self._library.machete_loader_function(code).decode()
         if function == "cuTensorMapEncodeTiled":
-            raise DriverCallError(function, result, "an error", f"for {plan.acts} at address {acts:#x}")
+            maps = zip(MAPPED, plan.maps, addresses, strict=True)  # which of them the driver refused is not known
+            text = "; ".join(f"{name}: {args} at address {at:#x}" for name, args, at in maps if args is not None)
+            raise DriverCallError(function, result, "an error", f"for one of {text}")
         driver.check(function, result)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor maps of the activations: how a product describes them, and their encoding by the driver.
+"""Tensor maps of activations, scales and zero points: how a product describes them, and their encoding by the driver.
 
-The driver wants the 128 bytes on a 64-byte boundary; objects of cuda.bindings lie on 16-byte boundaries only. So this
-one call goes through ctypes, into storage that is aligned by hand.
+The driver wants the 128 bytes of each on a 64-byte boundary; objects of cuda.bindings lie on 16-byte boundaries only.
+So this one call goes through ctypes, into storage that is aligned by hand.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import functools
 from typing import Any, NamedTuple
 
-from .abi import TENSOR_MAP_BYTES
+from .abi import MAPS, TENSOR_MAP_BYTES
 from .errors import ArgumentError, DeviceError, DriverCallError
 
 ALIGNMENT = 64
@@ -19,20 +19,22 @@ MAX_DIM = 1 << 32
 MAX_STRIDE = 1 << 40  # bytes, exclusive
 
 # of cuda.h: CU_TENSOR_MAP_DATA_TYPE_UINT16 (both 16-bit float types are copied as bits), CU_TENSOR_MAP_INTERLEAVE_NONE,
-# CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE (zeros)
-_UINT16, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZERO = 1, 0, 3, 3, 0
+# CU_TENSOR_MAP_SWIZZLE_NONE and _128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE (zeros)
+_UINT16, _NO_INTERLEAVE, _SWIZZLES, _PROMOTE_256B, _FILL_ZERO = 1, 0, (0, 3), 3, 0
 
 
 class TensorMapArgs(NamedTuple):
-    """A tensor map without its address: sizes and box in elements, strides of all but the first dimension in bytes."""
+    """A tensor map without its address: sizes and box in elements of 16 bits, strides of all but the first dimension in
+    bytes. ``swizzled``: what is copied lies in the 128-byte swizzle that wgmma reads, else row after row."""
 
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
+    swizzled: bool = True
 
 
-class TensorMap(NamedTuple):
-    """An encoded tensor map. ``address`` is that of its 128 bytes, inside ``storage``."""
+class TensorMaps(NamedTuple):
+    """The encoded tensor maps of a launch. ``address`` is that of their bytes, inside ``storage``."""
 
     address: int
     storage: ctypes.Array[ctypes.c_char]
@@ -57,14 +59,33 @@ def activations(m: int, k: int, row_stride: int, tokens: int, step_units: int) -
     return TensorMapArgs((64, m, k // 64), (row_bytes, 128), (64, tokens, step_units))
 
 
+def group_rows(groups: int, columns: int, row_stride: int, rows: int, stage_groups: int) -> TensorMapArgs:
+    """The tensor map of 16-bit values [groups, columns], rows ``row_stride`` elements apart (a multiple of 8): scales,
+    floating zero points, or pairs of integer ones.
+
+    A copy brings ``stage_groups`` rows of ``rows`` columns; what lies past either end arrives as zeros.
+    """
+    return TensorMapArgs((columns, groups), (2 * row_stride,), (rows, stage_groups), swizzled=False)
+
+
 @functools.lru_cache(maxsize=256)
-def encode(address: int, args: TensorMapArgs) -> TensorMap:
-    """The tensor map of the memory at ``address``, a multiple of 16. Depends on nothing else, hence the cache."""
-    storage = ctypes.create_string_buffer(TENSOR_MAP_BYTES + ALIGNMENT)
+def encode(addresses: tuple[int, ...], args: tuple[TensorMapArgs | None, ...]) -> TensorMaps:
+    """The tensor maps of the memory at ``addresses``, multiples of 16, one after the other; zeros where one is None.
+
+    They depend on nothing else, hence the cache.
+    """
+    storage = ctypes.create_string_buffer(MAPS * TENSOR_MAP_BYTES + ALIGNMENT)
     aligned = -(-ctypes.addressof(storage) // ALIGNMENT) * ALIGNMENT
+    for i, (address, map_args) in enumerate(zip(addresses, args, strict=True)):
+        if map_args is not None:
+            _encode(aligned + i * TENSOR_MAP_BYTES, address, map_args)
+    return TensorMaps(aligned, storage)
+
+
+def _encode(at: int, address: int, args: TensorMapArgs) -> None:
     rank = len(args.dims)
     status = _encoder()(
-        aligned,
+        at,
         _UINT16,
         rank,
         address,
@@ -73,13 +94,12 @@ def encode(address: int, args: TensorMapArgs) -> TensorMap:
         (ctypes.c_uint32 * rank)(*args.box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         _NO_INTERLEAVE,
-        _SWIZZLE_128B,
+        _SWIZZLES[args.swizzled],
         _PROMOTE_256B,
         _FILL_ZERO,
     )
     if status:
         raise DriverCallError("cuTensorMapEncodeTiled", status, "an error", f"for {args} at address {address:#x}")
-    return TensorMap(aligned, storage)
 
 
 @functools.lru_cache(maxsize=1)

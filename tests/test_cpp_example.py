@@ -7,16 +7,35 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from machete_aot.bundle import Bundle
-from stub.bundles import BF16, NARROW, WIDE, make_bundle
+from machete_aot.config import ScheduleConfig, TileConfig
+from machete_aot.launch import Shape, make_plan
+from machete_aot.loader import pack_plan
+from stub.bundles import BF16, NARROW, WIDE, make_bundle, schedule
 from stub.harness import build
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}/csrc/loader", f"-I{ROOT}/csrc/kernels"]
+
+
+# Writes the plan of a product.
+PLAN = """
+#define main example
+#include "main.cpp"
+#undef main
+
+int main(int, char** words) {
+  const Bundle bundle(words[1], words[2]);
+  const std::int64_t m = std::stol(words[3]), n = std::stol(words[4]), k = std::stol(words[5]);
+  const machete_loader_plan plan = plan_of(choose(bundle.manifest, m), m, n, k);
+  return std::fwrite(&plan, sizeof plan, 1, stdout) == 1 ? 0 : 1;
+}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +55,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs libzstd with its headers: apt-get install libzstd-dev")
     part, program = folder / "loader.o", folder / "gemm"
     subprocess.run([c, "-std=c11", *FLAGS, "-c", "-o", part, ROOT / "csrc/loader/machete_loader.c"], check=True)
-    main = ROOT / "examples" / "cpp" / "main.cpp"
-    subprocess.run([cpp, "-std=c++17", *FLAGS, "-o", program, main, part, "-lzstd", "-ldl"], check=True)
+    example = ROOT / "examples" / "cpp"
+    (folder / "plan.cpp").write_text(PLAN)
+    for source, output in ((example / "main.cpp", program), (folder / "plan.cpp", folder / "plan")):
+        command = [cpp, "-std=c++17", *FLAGS, f"-I{example}", "-o", output, source, part, "-lzstd", "-ldl"]
+        subprocess.run(command, check=True)
     return program
 
 
@@ -60,6 +82,25 @@ def test_it_launches_a_kernel_of_the_bundle(program: Path, bundle: Bundle, m: in
         f"bf16_u4b8__{chosen.name}: launched {grid} CTAs of {chosen.threads} threads, "
         f"{chosen.shared_memory(1, BF16)} bytes of shared memory\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("m", "tile", "n", "k"),
+    [
+        *((5, NARROW, 256, 512), (8, NARROW, 264, 4160), (64, WIDE, 256, 512), (100, WIDE, 4304, 4096)),
+        *((8, NARROW, 256, 128), (63, NARROW, 256, 64)),  # one group
+    ],
+)
+def test_its_plan_is_that_of_python(program: Path, bundle: Bundle, m: int, tile: TileConfig, n: int, k: int) -> None:
+    path = program.with_name("bundle.zip")
+    path.write_bytes(bundle.to_bytes())
+    command = [program.with_name("plan"), path, bundle.manifest_sha256, *map(str, (m, n, k))]
+    found = subprocess.run(command, capture_output=True, check=True).stdout
+    kernel = bundle.manifest.kernel_for(BF16, schedule(tile))
+    plan = make_plan(kernel, ScheduleConfig(tile, 1), Shape(m, n, k, 128, k, n, n, code_zero=8), sms=132)
+    params = plan.params | {"late_steps": 0}  # which is for launches beside others, as are the next two
+    grid = params["row_tiles"], params["token_tiles"], 1  # not padded for them either
+    assert found == pack_plan(replace(plan, params=params, one_per_sm=False, every_sm=False, grid=grid))
 
 
 def test_it_looks_at_the_result(program: Path, bundle: Bundle) -> None:

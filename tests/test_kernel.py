@@ -231,11 +231,13 @@ def test_fork_while_another_thread_loads(stub: Stub) -> None:
 
 @stubbed
 def test_parameters_that_differ_are_refused(stub: Stub) -> None:
+    assert abi.PARAMETERS == ((0, 384), (384, abi.SIZE))
     wrong = [
-        ((0, 128), (128, abi.SIZE - 8)),
-        ((0, 128), (192, abi.SIZE)),
-        ((0, 128),),
-        (*abi.PARAMETERS, (128 + abi.SIZE, 8)),
+        ((0, 384), (384, abi.SIZE - 8)),
+        ((0, 384), (448, abi.SIZE)),
+        ((0, 128), (128, abi.SIZE)),  # one tensor map
+        ((0, 384),),
+        (*abi.PARAMETERS, (384 + abi.SIZE, 8)),
     ]
     for parameters in wrong:
         with pytest.raises(IncompatibleError, match="takes parameters") as caught:

@@ -7,24 +7,26 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
+from math import lcm
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from machete_aot import abi, driver, launch
+from build_kernels.catalogue import specializations
+from machete_aot import abi, driver, launch, tensor_map
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
 from machete_aot.errors import ArgumentError, CaptureError, DriverCallError
 from machete_aot.launch import LaunchPlan, Operands, Shape, make_plan, multiply, parameter_bytes
 from machete_aot.manifest import KernelInfo
 from machete_aot.placement import OVER_HALF
-from stub.bundles import BF16, FLAT, FP16, NARROW, WIDE, make_bundle, schedule
+from stub.bundles import BF16, FLAT, FP16, GENERAL, NARROW, WIDE, make_bundle, schedule
 from stub.harness import Stub, stubbed
 
 STREAM = 0x5EED0
 WORKSPACE = 0x7F5000000000
 OPERANDS = Operands(acts=0x7F0000000000, weights=0x7F1000000000, scales=0x7F2000000000, bias=0, out=0x7F4000000000)
-BUNDLE = make_bundle()
+BUNDLE = make_bundle(general=GENERAL)
 
 
 def kernel(tile: TileConfig) -> KernelInfo:
@@ -36,8 +38,8 @@ def shape(m: int, n: int, k: int, group: int = 128, **more: int) -> Shape:
     return Shape(m, n, k, group, **full)
 
 
-def plan(tile: TileConfig, split: int, m: int, n: int, k: int, group: int = 128, **strides: int) -> LaunchPlan:
-    return make_plan(kernel(tile), ScheduleConfig(tile, split), shape(m, n, k, group, **strides), sms=132)
+def plan(tile: TileConfig, split: int, m: int, n: int, k: int, group: int = 128, **more: int) -> LaunchPlan:
+    return make_plan(kernel(tile), ScheduleConfig(tile, split), shape(m, n, k, group, **more), sms=132)
 
 
 def even_plan(m: int, n: int, k: int) -> LaunchPlan:
@@ -121,21 +123,90 @@ def test_whole_tiles_of_clusters(n: int, ctas: int) -> None:
     found = make_plan(replace(kernel(FLAT), tile=pair), ScheduleConfig(pair, 1), shape(256, n, 4096), sms=132)
     assert (found.grid, found.cluster, found.workspace) == ((ctas, 1, 1), (2, 1, 1), 0)
     assert found.params["row_tiles"] == -(-n // 256)
-    assert found.acts.box == (64, 256, 1)  # each CTA copies one of a step's two units
-    assert plan(FLAT, 1, 256, n, 4096).acts.box == (64, 256, 2)
+    acts, scales, _ = found.maps
+    assert acts and acts.box == (64, 256, 1)  # each CTA copies one of a step's two units
+    assert scales and scales.box == (128, 1)  # and all scales of its own rows
+    acts = plan(FLAT, 1, 256, n, 4096).maps[0]
+    assert acts and acts.box == (64, 256, 2)
 
 
 def test_a_tile_that_is_not_full_copies_no_more_tokens_than_there_are() -> None:
     for tile, m, rows in ((NARROW, 1, 1), (NARROW, 7, 7), (WIDE, 33, 33), (FLAT, 255, 255)):
         found = plan(tile, 1, m, 8192, 4096)
-        assert found.acts == ((4096, m), (8192,), (64, rows))
-        assert found.params["flags"] == abi.FLAG_ACTS_2D
+        assert found.maps[0] == ((4096, m), (8192,), (64, rows), True)
+        assert found.params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_SCALE_MAPS
     for tile, m in ((NARROW, 8), (NARROW, 9), (WIDE, 65), (FLAT, 256), (FLAT, 257)):
         found = plan(tile, 1, m, 8192, 4096)
-        assert found.acts == ((64, m, 64), (8192, 128), (64, tile.tokens, tile.step_units))
-        assert found.params["flags"] == 0
-    assert plan(WIDE, 1, 33, 8192, 4100).acts == ((4100, 33), (8208,), (64, 33))
-    assert plan(WIDE, 1, 65, 8192, 4100).acts == ((4100, 65), (8208,), (64, 64))
+        assert found.maps[0] == ((64, m, 64), (8192, 128), (64, tile.tokens, tile.step_units), True)
+        assert found.params["flags"] == abi.FLAG_SCALE_MAPS
+    assert plan(WIDE, 1, 33, 8192, 4100).maps[0] == ((4100, 33), (8208,), (64, 33), True)
+    assert plan(WIDE, 1, 65, 8192, 4100).maps[0] == ((4100, 65), (8208,), (64, 64), True)
+
+
+@pytest.mark.parametrize(
+    ("tile", "group", "k", "groups"),
+    [
+        # a stage of FLAT is 128 k
+        *((FLAT, 128, 4096, 1), (FLAT, 64, 4096, 2), (FLAT, 32, 4096, 4), (FLAT, 256, 4096, 1), (FLAT, 384, 4096, 1)),
+        *((FLAT, 192, 4096, 0), (FLAT, 96, 4096, 0), (FLAT, 160, 4096, 0), (FLAT, 4064, 4096, 0)),
+        # of NARROW and WIDE 256
+        *((NARROW, 128, 4096, 2), (NARROW, 64, 4096, 4), (NARROW, 32, 4096, 8), (NARROW, 256, 4096, 1)),
+        *((WIDE, 512, 4096, 1), (WIDE, 192, 4096, 0), (WIDE, 384, 4096, 0), (WIDE, 96, 4096, 0)),
+        # one group, whatever its size
+        *((NARROW, 4096, 4096, 1), (NARROW, 4100, 4100, 1), (NARROW, 8192, 4100, 1), (FLAT, 192, 192, 1)),
+        *((FLAT, 192, 100, 1), (FLAT, 32, 1, 1), (FLAT, 192, 193, 0)),
+        # K ends inside a stage or a group
+        *((FLAT, 64, 4100, 2), (NARROW, 128, 129, 2), (FLAT, 384, 385, 1)),
+    ],
+)
+def test_groups_of_a_stage(tile: TileConfig, group: int, k: int, groups: int) -> None:
+    assert tile.stage_groups(group, k) == groups
+    found = plan(tile, 1, 1, 256, k, group)
+    assert bool(found.params["flags"] & abi.FLAG_SCALE_MAPS) is (groups > 0)
+    assert found.maps[1] == (((256, -(-k // group)), (512,), (tile.rows, groups), False) if groups else None)
+
+
+@given(st.sampled_from([NARROW, WIDE, FLAT, replace(FLAT, units=1, stages=1)]), st.integers(1, 40))
+def test_groups_of_a_stage_are_those_of_every_stage(tile: TileConfig, blocks: int) -> None:
+    group, stage = 32 * blocks, 64 * tile.step_units
+    k = 2 * lcm(group, stage)  # after which stages and groups begin together again
+    touched = [(first // group, (first + stage - 1) // group, first % group) for first in range(0, k, stage)]
+    numbers = {last - first + 1 for first, last, _ in touched}
+    begin = {at for _, _, at in touched}
+    alike = len(numbers) == 1 and (numbers == {1} or begin == {0})
+    assert tile.stage_groups(group, k) == (numbers.pop() if alike else 0)
+
+
+@pytest.mark.parametrize(
+    ("n", "more", "zeros"),
+    [
+        (8192, {}, None),
+        (8192, {"flags": abi.FLAG_OUT_FP32}, None),
+        (8192, {"zero_stride": 8208}, ((8192, 32), (16416,), (128, 2), False)),
+        (8191, {"zero_stride": 8192}, ((8191, 32), (16384,), (128, 2), False)),
+        # integers by pairs of bytes
+        (8192, {"zero_stride": 8208, "flags": abi.FLAG_INTEGER_ZEROS}, ((4096, 32), (8208,), (128, 2), False)),
+        (8191, {"zero_stride": 8192, "flags": abi.FLAG_INTEGER_ZEROS}, ((4096, 32), (8192,), (128, 2), False)),
+        (1, {"zero_stride": 16, "flags": abi.FLAG_INTEGER_ZEROS}, ((1, 32), (16,), (128, 2), False)),
+    ],
+)
+def test_maps_of_scales_and_zeros(n: int, more: dict[str, int], zeros: tuple[object, ...] | None) -> None:
+    found = plan(NARROW, 1, 8, n, 4096, scale_stride=8200, **more)
+    scales = ((n, 32), (16400,), (128, 2), False)  # 128 rows of weights, and two groups in a stage of 256 k
+    assert found.maps[1:] == (scales, zeros)
+    assert found.params["flags"] == more.get("flags", 0) | abi.FLAG_SCALE_MAPS
+    # of groups that are not aligned with the stages there are none
+    found = plan(NARROW, 1, 8, n, 4096, 192, scale_stride=8200, **more)
+    assert found.maps[1:] == (None, None)
+    assert found.params["flags"] == more.get("flags", 0)
+    assert (found.params["group_blocks"], found.params["zero_stride"]) == (6, more.get("zero_stride", 0))
+
+
+def test_a_tensor_map_can_copy_what_a_stage_of_any_kernel_reads() -> None:
+    for tile in {s.tile for s in specializations()}:
+        for group in (32, 64, 128, 256, 1 << 20):
+            args = tensor_map.group_rows(1 << 15, 1 << 20, 1 << 20, tile.rows, tile.stage_groups(group, 1 << 20))
+            assert max(args.box) <= 256 and 2 * args.box[0] % 16 == 0
 
 
 def test_limits_are_typed() -> None:
@@ -154,7 +225,7 @@ def test_limits_are_typed() -> None:
 
 
 def test_largest_row_stride_is_accepted() -> None:
-    assert plan(FLAT, 1, 2, 128, 128, row_stride=2**39 - 8).acts.strides[0] == 2**40 - 16
+    assert plan(FLAT, 1, 2, 128, 128, row_stride=2**39 - 8).maps[0].strides[0] == 2**40 - 16
 
 
 @given(
@@ -183,8 +254,8 @@ def test_stream_grid_covers_the_product(tile: TileConfig, split: int, m: int, n:
 @pytest.mark.parametrize(
     ("k", "group", "blocks"),
     [
-        *((4096, 128, 4), (4096, 64, 2), (4096, 32, 1), (4096, 96, 3), (4096, 4096, 128), (4100, 8192, 129)),
-        *((4160, 4160, 130), (100, 100, 4), (576, 192, 6)),
+        *((4096, 128, 4), (4096, 64, 2), (4096, 32, 1), (4096, 96, 3), (576, 192, 6)),
+        *((k, group, 2**26) for k, group in ((4096, 4096), (4100, 8192), (4160, 4160), (100, 100))),  # one group
     ],
 )
 def test_group_blocks(k: int, group: int, blocks: int) -> None:
@@ -218,7 +289,7 @@ def test_flags_of_the_call_reach_the_kernel(n: int, flags: int, pairs: bool) -> 
     found = make_plan(kernel(NARROW), ScheduleConfig(NARROW, 1), shape(8, n, 128, flags=flags), sms=132)
     operands = OPERANDS._replace(zeros=0x7F6000000000, channel_scales=0x7F7000000000, token_scales=0x7F8000000000)
     params = abi.unpack_params(parameter_bytes(found, operands, 0, 0))
-    assert params["flags"] == flags | (abi.FLAG_STORE_PAIRS if pairs else 0)
+    assert params["flags"] == flags | abi.FLAG_SCALE_MAPS | (abi.FLAG_STORE_PAIRS if pairs else 0)
     for name in ("zeros", "channel_scales", "token_scales"):
         assert params[name] == getattr(operands, name)
 
@@ -282,11 +353,14 @@ def test_aligned_launch(stub: Stub) -> None:
     assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (352, 1, 1), (2, 1, 1))
     assert launch.shared_memory == OVER_HALF > NARROW.shared_memory(2, BF16)
     assert (launch.device, launch.stream, launch.programmatic, launch.attributes) == (0, STREAM, False, 1)
-    assert launch.tensor_map == (
-        1, OPERANDS.acts, (64, 8, 64), (8208, 128), (64, 8, 4), (1, 1, 1), 0, 3, 3, 0
-    )  # fmt: skip
-    assert len(launch.parameters) == 128 + abi.SIZE == 264
-    found = abi.unpack_params(launch.parameters[128:])
+    assert launch.tensor_maps == (
+        (1, OPERANDS.acts, (64, 8, 64), (8208, 128), (64, 8, 4), (1, 1, 1), 0, 3, 3, 0),
+        (1, OPERANDS.scales, (8192, 32), (16384,), (128, 2), (1, 1), 0, 0, 3, 0),
+        None,
+    )
+    assert abi.PARAMETERS == ((0, 384), (384, 136))
+    assert len(launch.parameters) == 520
+    found = launch.params
     assert 0 <= found.pop("token") < 2**64
     assert found == {
         "weights": OPERANDS.weights,
@@ -305,7 +379,7 @@ def test_aligned_launch(stub: Stub) -> None:
         "out_stride": 8200,
         "group_blocks": 4,
         "code_zero": 0,
-        "flags": abi.FLAG_STORE_PAIRS,
+        "flags": abi.FLAG_STORE_PAIRS | abi.FLAG_SCALE_MAPS,
         "row_tiles": 64,
         "token_tiles": 1,
         "steps": 16,
@@ -324,9 +398,30 @@ def test_ragged_k_takes_the_2d_tensor_map(stub: Stub) -> None:
     assert launch.tensor_map.dims == (1160, 100)
     assert launch.tensor_map.strides == (2320,)
     assert launch.tensor_map.box == (64, 64)
-    params = abi.unpack_params(launch.parameters[128:])
-    assert params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_STORE_PAIRS
-    assert params["group_blocks"] == 37  # of 32 k, as many as there are: one group
+    params = launch.params
+    assert params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_STORE_PAIRS | abi.FLAG_SCALE_MAPS
+    assert params["group_blocks"] == abi.ONE_GROUP
+    scales = launch.tensor_maps[1]
+    assert scales and (scales.dims, scales.box) == ((4304, 1), (64, 1))
+
+
+@stubbed
+def test_launch_with_zeros(stub: Stub) -> None:
+    operands = OPERANDS._replace(zeros=0x7F6000000000)
+    for flags in (0, abi.FLAG_INTEGER_ZEROS):
+        for group in (64, 192):
+            sizes = shape(8, 136, 4096, group, zero_stride=144, flags=flags)
+            types = TypeConfig("bf16", "u4", "bf16", "int" if flags else "float")
+            run(NARROW, 1, sizes, operands, types=types)
+    floating, unaligned, integer, unaligned_too = stub.launches
+    scales = (1, OPERANDS.scales, (136, 64), (272,), (128, 4), (1, 1), 0, 0, 3, 0)
+    zeros = (1, operands.zeros, (136, 64), (288,), (128, 4), (1, 1), 0, 0, 3, 0)
+    assert floating.tensor_maps[1:] == (scales, zeros)
+    assert integer.tensor_maps[1:] == (scales, (*zeros[:2], (68, 64), (144,), *zeros[4:]))
+    for found in (unaligned, unaligned_too):
+        assert found.tensor_maps[0] == floating.tensor_maps[0]
+        assert found.tensor_maps[1:] == (None, None)
+        assert found.params["zeros"] == operands.zeros and not found.params["flags"] & abi.FLAG_SCALE_MAPS
 
 
 @stubbed
@@ -345,7 +440,7 @@ def test_launch_of_whole_tiles(stub: Stub) -> None:
     assert launch.symbol == f"machete_fp16_u4b8__{FLAT.name}"
     assert (launch.grid, launch.block, launch.attributes) == ((132, 1, 1), (384, 1, 1), 0)
     assert launch.tensor_map.box == (64, 256, 2)
-    params = abi.unpack_params(launch.parameters[128:])
+    params = launch.params
     assert (params["workspace"], params["even_tiles"]) == (0, 0)
     assert (params["row_tiles"], params["token_tiles"], params["steps"]) == (64, 16, 32)
 
@@ -358,7 +453,7 @@ def test_launch_of_even_shares(stub: Stub) -> None:
     assert launch.symbol == f"machete_bf16_u4b8__{FLAT.name}"
     assert (launch.grid, launch.block, launch.cluster) == ((132, 1, 1), (384, 1, 1), (1, 1, 1))
     assert (launch.attributes, launch.shared_memory) == (0, FLAT.shared_memory(1, BF16))
-    params = abi.unpack_params(launch.parameters[128:])
+    params = launch.params
     assert params["workspace"] == WORKSPACE
     assert (params["row_tiles"], params["token_tiles"], params["steps"]) == (64, 16, 32)
     assert (params["even_tiles"], params["share_steps"], params["longer_shares"]) == (232, 56, 32)
@@ -370,7 +465,7 @@ def test_even_shares_ask_for_what_they_use(stub: Stub) -> None:
     assert run(FLAT, 0, shape(1, 128, 256), even_ctas=1) == [1024 + 2 * tile]  # two steps, for two CTAs
     assert run(FLAT, 0, shape(256, 128 * 132, 4096), even_ctas=1) == []  # a tile for each CTA: nothing to hand over
     assert [x.grid for x in stub.launches] == [(2, 1, 1), (132, 1, 1)]
-    params = [abi.unpack_params(x.parameters[128:]) for x in stub.launches]
+    params = [x.params for x in stub.launches]
     assert [(p["workspace"], p["even_tiles"]) for p in params] == [(WORKSPACE, 1), (0, 0)]
 
 
@@ -386,7 +481,7 @@ def test_every_launch_has_a_token_of_its_own(stub: Stub) -> None:
     launch._tokens = itertools.count(2**64 - 2)  # the last ones before it starts again
     for _ in range(4):
         run(FLAT, 0, shape(100, 1024, 4096), even_ctas=1)
-    tokens = [abi.unpack_params(x.parameters[128:])["token"] for x in stub.launches]
+    tokens = [x.params["token"] for x in stub.launches]
     assert tokens == [2**64 - 2, 2**64 - 1, 0, 1]
 
 
@@ -427,14 +522,20 @@ def test_tensor_maps_are_encoded_once(stub: Stub) -> None:
         run(NARROW, 1, shape(1, 128, 4096))
         run(NARROW, 1, shape(2, 128, 4096))
         run(NARROW, 1, shape(1, 128, 4096), OPERANDS._replace(acts=OPERANDS.acts + 16))
-    assert stub.calls("cuTensorMapEncodeTiled") == 3
-    assert len({launch.parameters[:128] for launch in stub.launches}) == 3
+        run(NARROW, 1, shape(1, 128, 4096), OPERANDS._replace(scales=OPERANDS.scales + 16))
+    assert stub.calls("cuTensorMapEncodeTiled") == 8  # of activations and of scales
+    assert len({launch.tensor_maps for launch in stub.launches}) == 4
+    for _ in range(2):
+        run(NARROW, 1, shape(1, 128, 4096, 192))  # only of the activations
+    assert stub.calls("cuTensorMapEncodeTiled") == 9
 
 
 @stubbed
 def test_failed_encoding_and_launch_are_typed(stub: Stub) -> None:
-    with pytest.raises(DriverCallError, match="cuTensorMapEncodeTiled failed"):
-        run(NARROW, 1, shape(1, 128, 4096), OPERANDS._replace(acts=OPERANDS.acts + 2))
+    for name in ("acts", "scales"):
+        wrong = OPERANDS._replace(**{name: getattr(OPERANDS, name) + 2})
+        with pytest.raises(DriverCallError, match=f"cuTensorMapEncodeTiled failed.* address {getattr(wrong, name):#x}"):
+            run(NARROW, 1, shape(1, 128, 4096), wrong)
     stub.fail("cuLaunchKernelEx", 701)
     with pytest.raises(DriverCallError, match=r"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES \(701\)") as caught:
         run(NARROW, 1, shape(1, 128, 4096))

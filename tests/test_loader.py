@@ -86,13 +86,16 @@ LAUNCHES: dict[str, tuple[TypeConfig, str, Shape, Operands, bool]] = {
     "whole tiles": (BF16, schedule(FLAT), shape(4096, 8192, 4096), OPERANDS, False),
     "even shares": (BF16, schedule(FLAT, 0, 1), shape(4096, 8192, 4096), OPERANDS, True),
     "nothing to hand over": (BF16, schedule(FLAT, 0, 1), shape(256, 128 * 132, 4096), OPERANDS, True),
+    "unaligned groups": (BF16, schedule(NARROW), shape(5, 8192, 4096, group=192), OPERANDS, False),
+    "one group": (BF16, schedule(NARROW), shape(5, 8192, 4096, group=4096), OPERANDS, False),
     "floating zeros": (GENERAL[0], schedule(NARROW), shape(3, 256, 512, zero_stride=256), FULL, False),
+    "unaligned zeros": (GENERAL[0], schedule(NARROW), shape(3, 256, 512, group=192, zero_stride=256), FULL, False),
     "integer zeros": (GENERAL[4], schedule(NARROW, 4), shape(3, 256, 4096, zero_stride=256, flags=ANY), FULL, True),
     "code of zero": (GENERAL[3], schedule(NARROW), shape(3, 256, 512, code_zero=128), OPERANDS, False),
     "swiglu": (
         GENERAL[2],
         schedule(NARROW),
-        shape(3, 256, 512, flags=GATED),
+        shape(3, 256, 512, zero_stride=256, flags=GATED),
         FULL,
         False,
     ),
@@ -128,7 +131,7 @@ def test_both_ways_launch_the_same(stub: Stub) -> None:
 @stubbed
 def test_what_both_ways_launch_is_what_is_meant(stub: Stub) -> None:
     found = dict(zip(LAUNCHES, launched(True, list(LAUNCHES), stub), strict=True))
-    params = {name: abi.unpack_params(x.parameters[128:]) for name, x in found.items()}
+    params = {name: x.params for name, x in found.items()}
     assert (found["overlap"].programmatic, found["stream"].programmatic) == (True, False)
     assert [found[name].attributes for name in ("stream", "overlap", "clusters", "clusters and overlap")] == [
         0,
@@ -138,6 +141,14 @@ def test_what_both_ways_launch_is_what_is_meant(stub: Stub) -> None:
     ]
     assert found["clusters"].cluster == (4, 1, 1)
     assert found["two dimensions"].tensor_map.dims == (1160, 100)
+    mapped = {name: [bool(x) for x in of.tensor_maps] for name, of in found.items()}
+    assert mapped["stream"] == mapped["one group"] == [True, True, False]
+    assert mapped["unaligned groups"] == mapped["unaligned zeros"] == [True, False, False]
+    assert mapped["floating zeros"] == mapped["integer zeros"] == [True, True, True]
+    for name, of in found.items():
+        assert bool(params[name]["flags"] & abi.FLAG_SCALE_MAPS) == mapped[name][1]
+        for x, operand, swizzle in zip(of.tensor_maps, ("acts", "scales", "zeros"), (3, 0, 0), strict=True):
+            assert x is None or (x.address, x.swizzle) == (getattr(FULL, operand), swizzle)
     assert params["even shares"]["workspace"] == WORKSPACE
     assert params["nothing to hand over"]["workspace"] == 0
     assert params["integer zeros"]["zeros"] == FULL.zeros
@@ -180,21 +191,55 @@ def test_both_ways_ask_for_the_same_shared_memory(stub: Stub) -> None:
 @stubbed
 def test_tensor_maps_are_encoded_once(stub: Stub) -> None:
     launched(True, ["stream", "overlap", "stream", "no pairs"] * 5, stub)
-    assert stub.calls("cuTensorMapEncodeTiled") == 1
+    assert stub.calls("cuTensorMapEncodeTiled") == 2  # of activations and of scales
     launched(True, ["two dimensions", "even shares", "stream"], stub)
-    assert stub.calls("cuTensorMapEncodeTiled") == 3
+    assert stub.calls("cuTensorMapEncodeTiled") == 6
+    launched(True, ["unaligned groups", "integer zeros"], stub)  # activations as before; all three
+    assert stub.calls("cuTensorMapEncodeTiled") == 9
+
+
+@stubbed
+def test_the_maps_of_each_layer_are_encoded_once(stub: Stub) -> None:
+    """The activations of all layers of a shape have one map, the scales and zeros of each layer their own."""
+    use(True)
+    layers = [
+        FULL._replace(scales=FULL.scales + i * 0x8A0000, zeros=FULL.zeros + i * 0x8A0000)  # somewhere among the weights
+        for i in range(64)
+    ]
+    types, name, sizes, _, _ = LAUNCHES["integer zeros"]
+    for operands in layers * 3:
+        with driver.current(driver.device(0)):
+            multiply(BUNDLE, types, sizes, name, operands, 0, STREAM, True, lambda size: 0)
+    assert stub.calls("cuTensorMapEncodeTiled") == 1 + 2 * 64
+    found = [tuple(args and args.address for args in x.tensor_maps) for x in stub.launches]
+    assert found == [launch.mapped(operands) for operands in layers] * 3
+
+
+@stubbed
+def test_maps_that_differ_in_their_swizzle_alone(stub: Stub) -> None:
+    use(True)
+    operands = OPERANDS._replace(scales=OPERANDS.acts)  # 2 rows of 256, of which 2 x 64 are copied
+    for _ in range(2):
+        with driver.current(driver.device(0)):
+            multiply(BUNDLE, BF16, shape(2, 256, 256), schedule(WIDE), operands, 0, STREAM, False, lambda size: 0)
+    for x in stub.launches:
+        acts, scales, _ = x.tensor_maps
+        assert acts and scales and scales == acts._replace(swizzle=0) != acts
+    assert stub.calls("cuTensorMapEncodeTiled") == 2
 
 
 @stubbed
 def test_encoded_tensor_maps_are_bounded_and_right(stub: Stub) -> None:
     use(True)
-    for address in [*range(0, 1 << 22, 1 << 12), *range(0, 1 << 22, 1 << 12)]:
+    addresses = [*range(0, 1 << 22, 1 << 12)] * 2
+    for address in addresses:
         with driver.current(driver.device(0)):
-            operands = OPERANDS._replace(acts=OPERANDS.acts + address)
+            operands = OPERANDS._replace(acts=OPERANDS.acts + address, scales=OPERANDS.scales + address)
             multiply(BUNDLE, BF16, shape(5, 256, 4096), None, operands, 0, STREAM, False, lambda size: 0)
-    found = [x.tensor_map.address - OPERANDS.acts for x in stub.launches]
-    assert found == [*range(0, 1 << 22, 1 << 12)] * 2
-    assert 1024 < stub.calls("cuTensorMapEncodeTiled") <= 2048
+    found = [tuple(args and args.address for args in x.tensor_maps) for x in stub.launches]
+    assert found == [(OPERANDS.acts + address, OPERANDS.scales + address, None) for address in addresses]
+    # 2,048 maps, of which at most 512 are still there when they are needed again.
+    assert 4096 - 512 <= stub.calls("cuTensorMapEncodeTiled") <= 4096
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -207,7 +252,8 @@ def test_failures_are_the_same(native: bool) -> None:
             with driver.current(driver.device(0)):
                 multiply(BUNDLE, BF16, shape(5, 256, 4096), None, operands, 0, STREAM, False, lambda size: 0)
 
-        with pytest.raises(DriverCallError, match=r"cuTensorMapEncodeTiled failed with an error \(1\): for Tensor"):
+        wanted = rf"cuTensorMapEncodeTiled failed with an error \(1\): for .* address {OPERANDS.acts + 2:#x}"
+        with pytest.raises(DriverCallError, match=wanted):
             run(OPERANDS._replace(acts=OPERANDS.acts + 2))
         run()
         for code, name in ((701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"), (912, "CUDA_ERROR_INVALID_CLUSTER_SIZE")):
@@ -241,12 +287,52 @@ def test_failures_of_repeated_calls(native: bool) -> None:
     check()
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_failures_of_the_maps_of_scales_and_zeros(native: bool) -> None:
+    @stubbed
+    def check(stub: Stub) -> None:
+        use(native)
+        layer = Layer(b_type=machete.u4)
+        a, zeros = layer.acts(5), torch.ones(layer.scales.shape).bfloat16()
+        for options in ({}, {"b_zeros": zeros}):
+            layer.gemm(a, **options)
+        other, others = layer.scales.clone(), zeros.clone()
+        failing: tuple[tuple[str, torch.Tensor, dict[str, torch.Tensor]], ...] = (
+            ("scales", other, {"scales": other}),
+            ("zeros", others, {"b_zeros": others}),
+        )
+        for name, tensor, options in failing:
+            stub.fail("cuTensorMapEncodeTiled", 1)
+            for _ in range(2):  # a failure leaves nothing behind
+                first = tensor if native else a  # cuda-bindings has all three encoded again
+                with pytest.raises(DriverCallError, match=f"address {first.data_ptr():#x}") as caught:
+                    layer.gemm(a, **options)
+            assert caught.value.call == "cuTensorMapEncodeTiled"
+            assert not native or f"{name}: TensorMapArgs(" in str(caught.value)
+            stub.fail("cuTensorMapEncodeTiled", 0)
+            layer.gemm(a, **options)
+        assert [[args and args.address for args in x.tensor_maps[1:]] for x in stub.launches] == [
+            *([layer.scales.data_ptr(), None], [layer.scales.data_ptr(), zeros.data_ptr()]),
+            *([other.data_ptr(), None], [layer.scales.data_ptr(), others.data_ptr()]),
+        ]
+
+    check()
+
+
 @stubbed
 def test_refusals_are_typed(stub: Stub) -> None:
     use(True)
     with pytest.raises(DeviceError, match="MACHETE_LOADER_MISALIGNED"), driver.current(driver.device(0)):
         operands = OPERANDS._replace(weights=OPERANDS.weights + 8)
         multiply(BUNDLE, BF16, shape(5, 256, 4096), None, operands, 0, STREAM, False, lambda size: 0)
+    general = GENERAL[0], schedule(NARROW)
+    for stride, operands, status in (
+        (256, OPERANDS, "NO_ADDRESS"),  # a map of zeros, and no zeros
+        (0, OPERANDS._replace(zeros=0x7F6000000000), "BAD_CALL"),  # zeros, and no map of them
+    ):
+        with pytest.raises(DeviceError, match=f"MACHETE_LOADER_{status}"), driver.current(driver.device(0)):
+            sizes = shape(5, 256, 4096, zero_stride=stride)
+            multiply(BUNDLE, general[0], sizes, general[1], operands, 0, STREAM, False, lambda size: 0)
     with pytest.raises(DriverCallError, match="9999"):
         driver.check("cuLaunchKernelEx", 9999)
     assert not stub.launches
@@ -329,7 +415,7 @@ def test_repeated_calls_launch_the_same(name: str, native: bool) -> None:
         assert {(x.shape, x.stride(), x.dtype) for x in results} == {
             (results[0].shape, results[0].stride(), results[0].dtype)
         }
-        params = [abi.unpack_params(x.parameters[128:]) for x in stub.launches]
+        params = [x.params for x in stub.launches]
         assert [p["out"] for p in params] == [x.data_ptr() for x in results]
         for p in params:
             del p["token"], p["out"]
@@ -338,7 +424,7 @@ def test_repeated_calls_launch_the_same(name: str, native: bool) -> None:
         first, *others = (x._replace(parameters=b"", attributes=0) for x in stub.launches)
         assert not first.programmatic and all(x.programmatic for x in others)  # the first one waited
         assert {x._replace(programmatic=False) for x in others} == {first}
-        assert len({x.parameters[:128] for x in stub.launches}) == 1
+        assert len({x.tensor_maps for x in stub.launches}) == 1
         layer.gemm(a.clone(), **options)
         assert full == [1]
 
@@ -436,7 +522,7 @@ def test_out_beside_the_activations(stub: Stub) -> None:
     a, out = both[:, :512], both[:, 512:]
     for _ in range(3):
         assert layer.gemm(a, out=out) is out
-    assert [abi.unpack_params(x.parameters[128:])["out"] for x in stub.launches] == [out.data_ptr()] * 3
+    assert [x.params["out"] for x in stub.launches] == [out.data_ptr()] * 3
 
 
 @stubbed
@@ -546,7 +632,7 @@ def test_threads(stub: Stub) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    params = [abi.unpack_params(x.parameters[128:]) for x in stub.launches]
+    params = [x.params for x in stub.launches]
     assert len(params) == len({p["token"] for p in params}) == len(results) == 1600
     for x, p in zip(stub.launches, params, strict=True):
         assert results[p["out"]] == x.tensor_map.address
@@ -581,15 +667,16 @@ def test_soak(stub: Stub) -> None:
 # ---------------------------------------------------------------- plans as bytes
 
 
-def plan_of(tile: TileConfig, split: int, sizes: Shape, even_ctas: int = 0) -> LaunchPlan:
-    kernel = BUNDLE.manifest.kernel_for(BF16, schedule(tile))
+def plan_of(tile: TileConfig, split: int, sizes: Shape, even_ctas: int = 0, types: TypeConfig = BF16) -> LaunchPlan:
+    kernel = BUNDLE.manifest.kernel_for(types, schedule(tile))
     return make_plan(kernel, ScheduleConfig(tile, split, even_ctas), sizes, sms=132)
 
 
 PLANS = [
     plan_of(NARROW, 4, shape(5, 8192, 4096)),
     plan_of(WIDE, 1, shape(100, 4304, 1160)),
-    plan_of(FLAT, 0, shape(4096, 8192, 4096), 1),
+    plan_of(FLAT, 0, shape(4096, 8192, 4096, group=192), 1),
+    plan_of(NARROW, 1, shape(5, 8191, 4096, zero_stride=8192, flags=ANY), types=GENERAL[1]),
 ]
 
 
@@ -597,15 +684,18 @@ def test_plans_are_accepted() -> None:
     native = loader.Loader(library())
     for plan in PLANS:
         data = loader.pack_plan(plan)
-        assert len(data) == loader.PLAN_BYTES == 256
+        assert len(data) == loader.PLAN_BYTES == 368
         assert native.check(data) == 0
         assert native.check(data[:-1]) == native.check(data + b"\0") == -5
-        assert native.name(native.check(b"\0" * 256)) == "MACHETE_LOADER_BAD_PLAN"
+        assert native.name(native.check(bytes(len(data)))) == "MACHETE_LOADER_BAD_PLAN"
         newer = data[:8] + (abi.ABI_VERSION + 1).to_bytes(4, "little") + data[12:]
         assert native.name(native.check(newer)) == "MACHETE_LOADER_WRONG_ABI"
 
 
-@given(st.sampled_from(PLANS), st.lists(st.tuples(st.integers(0, 63), st.integers(0, 2**32 - 1)), max_size=6))
+@given(
+    st.sampled_from(PLANS),
+    st.lists(st.tuples(st.integers(0, loader.PLAN_BYTES // 4 - 1), st.integers(0, 2**32 - 1)), max_size=6),
+)
 @settings(max_examples=300, deadline=None)
 def test_no_words_of_a_plan_do_harm(plan: LaunchPlan, words: list[tuple[int, int]]) -> None:
     native, data = loader.Loader(library()), bytearray(loader.pack_plan(plan))
@@ -632,8 +722,9 @@ def test_no_bytes_of_a_plan_do_harm(stub: Stub) -> None:
         holder = loader.NativePlan(plan)
         holder.storage.raw = bytes(data)
         context = int(driver.device(0).context)
+        operands = OPERANDS._replace(zeros=FULL.zeros if plan.maps[2] else 0)
         code = native.launch(
-            loader.pack_call(holder.address, int(kernel.handle), OPERANDS, WORKSPACE, STREAM, context, False)
+            loader.pack_call(holder.address, int(kernel.handle), operands, WORKSPACE, STREAM, context, False)
         )
         assert -8 <= code < 6 << 16
         found.add(code if code <= 0 else native._library.machete_loader_function(code))
@@ -728,10 +819,10 @@ def test_a_fork_starts_over(stub: Stub) -> None:
 
 def test_the_header_and_python_agree() -> None:
     text = (ROOT / "csrc" / "loader" / "machete_loader.h").read_text()
-    assert f"MACHETE_LOADER_VERSION = {loader.VERSION}" in text
+    assert f"MACHETE_LOADER_VERSION = {loader.VERSION} " in text
     assert f"MACHETE_LOADER_PLAN = {loader._PLAN_MAGIC:#x}" in text
     assert f"MACHETE_LOADER_CALL = {loader.CALL_MAGIC:#x}" in text
-    assert (loader.PLAN_BYTES, loader.CALL_BYTES) == (256, 120)
+    assert (loader.PLAN_BYTES, loader.CALL_BYTES) == (368, 120)
 
 
 def test_the_benchmark_runs() -> None:

@@ -230,7 +230,7 @@ def test_generated_source() -> None:
             in text
         )
     assert f"__launch_bounds__(Tile::THREADS, Tile::CTAS_PER_SM)\n    {KERNEL.symbol}(" in text
-    assert "  machete::stream_gemm<Types, Tile>(acts, params);\n" in text
+    assert "  machete::stream_gemm<Types, Tile>(maps, params);\n" in text
 
 
 def test_unchanged_sources_are_not_written_again(tmp_path: Path) -> None:
@@ -287,8 +287,8 @@ def test_the_compiled_header_agrees_with_python(tmp_path: Path, language: str) -
     probe = _PROBE.replace("FIELDS", fields).replace("FLAGS", flags)
     subprocess.run(command, input=probe, text=True, check=True)
     first, *rest = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert list(map(int, first.split())) == [ABI_VERSION, SIZE] == [5, 136]
-    assert list(map(int, rest)) == [1, 2, 4, 8, 16, 32, 64, *OFFSETS.values()]
+    assert list(map(int, first.split())) == [ABI_VERSION, SIZE] == [6, 136]
+    assert list(map(int, rest)) == [1, 2, 4, 8, 16, 32, 64, 128, *OFFSETS.values()]
 
 
 def test_the_header_in_the_tree_is_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,13 +66,13 @@ class Layer:
         types = kernel_types(BUNDLE, wanted)
         run_kernel(BUNDLE, types, problem, self.b, self.b_type, result, name or schedule(NARROW), None, 0, STREAM)
         launch = stub.launches[-1]
-        params = abi.unpack_params(launch.parameters[128:])
+        params = launch.params
         assert params["out"] == result.data_ptr()
         assert params["out_stride"] == (result.stride(0) if problem.m > 1 else problem.out_columns)
         return launch
 
     def params(self, stub: Stub, a: torch.Tensor, **options: Any) -> dict[str, int]:
-        return abi.unpack_params(self.run(stub, a, **options).parameters[128:])
+        return self.run(stub, a, **options).params
 
 
 @stubbed
@@ -83,7 +83,7 @@ def test_contiguous_operands_are_passed_as_they_are(stub: Stub) -> None:
     assert (launch.tensor_map.address, launch.tensor_map.dims, launch.tensor_map.strides) == (
         a.data_ptr(), (64, 8, 8), (1024, 128)
     )  # fmt: skip
-    params = abi.unpack_params(launch.parameters[128:])
+    params = launch.params
     assert params["weights"] == layer.b.data_ptr()
     assert (params["scales"], params["scale_stride"]) == (layer.scales.data_ptr(), 256)
     assert params["bias"] == bias.data_ptr()
@@ -96,7 +96,7 @@ def test_row_strides_are_kept(stub: Stub) -> None:
     scales = torch.rand(4, 264).bfloat16()[:, :256]
     launch = layer.run(stub, a, out=out, scales=scales)
     assert (launch.tensor_map.address, launch.tensor_map.strides) == (a.data_ptr(), (1040, 128))
-    params = abi.unpack_params(launch.parameters[128:])
+    params = launch.params
     assert (params["out"], params["out_stride"]) == (out.data_ptr(), 300)
     assert (params["scales"], params["scale_stride"]) == (scales.data_ptr(), 264)
 
@@ -158,11 +158,13 @@ def test_ragged_n_and_k(stub: Stub) -> None:
     layer = Layer(100, 200, group=64)
     launch = layer.run(stub, layer.acts(3))
     assert (launch.tensor_map.dims, launch.tensor_map.strides) == ((200, 3), (400,))
-    params = abi.unpack_params(launch.parameters[128:])
+    params = launch.params
     assert params["scale_stride"] == 104
     assert params["scales"] != layer.scales.data_ptr()
     assert params["group_blocks"] == 2
-    assert params["flags"] == abi.FLAG_ACTS_2D
+    assert params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_SCALE_MAPS
+    scales = launch.tensor_maps[1]  # of the copy, without what pads its rows
+    assert scales and (scales.address, scales.dims, scales.strides) == (params["scales"], (100, 4), (208,))
 
 
 @stubbed
@@ -261,7 +263,7 @@ def test_the_workspace_lives_until_the_launch(stub: Stub) -> None:
     assert (made, alive) == ([], [[]])
     launch = layer.run(stub, layer.acts(300), name=schedule(FLAT, 0, 1))
     ((reference, address, size),) = made
-    assert abi.unpack_params(launch.parameters[128:])["workspace"] == address
+    assert launch.params["workspace"] == address
     assert address % 16 == 0
     assert (launch.grid, size) == ((16, 1, 1), FLAT.workspace(16))  # four tiles of four steps
     assert alive[1] == [True]
@@ -429,15 +431,19 @@ def test_zeros_and_codes_of_zero(stub: Stub) -> None:
     launch = u4.run(stub, a, zeros=zeros)
     assert launch.symbol == f"machete_bf16_u4_float__{NARROW.name}"
     assert launch.shared_memory == OVER_HALF > NARROW.shared_memory(1, GENERAL[0]) > NARROW.shared_memory(1, BF16)
-    params = abi.unpack_params(launch.parameters[128:])
+    params = launch.params
     assert (params["zeros"], params["zero_stride"], params["code_zero"]) == (zeros.data_ptr(), 256, 0)
     assert not params["flags"] & abi.FLAG_INTEGER_ZEROS
+    mapped = launch.tensor_maps[2]
+    assert mapped and (mapped.address, mapped.dims) == (zeros.data_ptr(), (256, 4))
     integers = torch.randint(0, 16, (4, 256), dtype=torch.uint8)
     launch = u4.run(stub, a, zeros=integers)
     assert launch.symbol == f"machete_bf16_u4_int__{NARROW.name}"
-    params = abi.unpack_params(launch.parameters[128:])
+    params = launch.params
     assert (params["zeros"], params["zero_stride"]) == (integers.data_ptr(), 256)
     assert params["flags"] & abi.FLAG_INTEGER_ZEROS
+    mapped = launch.tensor_maps[2]
+    assert mapped and (mapped.address, mapped.dims) == (integers.data_ptr(), (128, 4))  # of pairs
     assert (params["channel_scales"], params["token_scales"]) == (0, 0)
     for b_type, symbol, code_zero in (
         (machete.u4, "u4_float", 0),
@@ -447,13 +453,13 @@ def test_zeros_and_codes_of_zero(stub: Stub) -> None:
     ):
         launch = Layer(256, 512, b_type=b_type).run(stub, a)
         assert launch.symbol == f"machete_bf16_{symbol}__{NARROW.name}"
-        params = abi.unpack_params(launch.parameters[128:])
+        params = launch.params
         assert (params["zeros"], params["zero_stride"], params["code_zero"]) == (0, 0, code_zero)
     half = Layer(256, 512, dtype=torch.float16, b_type=machete.u8)
     for kind in (torch.rand(4, 256).half(), integers):
         launch = half.run(stub, half.acts(2), zeros=kind)
         assert launch.symbol == f"machete_fp16_u8_any__{NARROW.name}"
-        flags = abi.unpack_params(launch.parameters[128:])["flags"]
+        flags = launch.params["flags"]
         assert bool(flags & abi.FLAG_INTEGER_ZEROS) == (kind is integers)
 
 
@@ -463,12 +469,12 @@ def test_fine_groups_go_to_kernels_of_their_own(stub: Stub) -> None:
         (128, 512, "u4b8", 4),
         (96, 512, "u4_float_fine", 3),
         (32, 512, "u4_float_fine", 1),
-        (96, 96, "u4b8", 3),  # one group
-        (96, 90, "u4b8", 3),
+        (96, 96, "u4b8", abi.ONE_GROUP),
+        (96, 90, "u4b8", abi.ONE_GROUP),
     ):
         launch = Layer(256, k, group).run(stub, torch.randn(1, k).bfloat16())
         assert launch.symbol == f"machete_bf16_{symbol}__{NARROW.name}"
-        params = abi.unpack_params(launch.parameters[128:])
+        params = launch.params
         assert (params["group_blocks"], params["code_zero"]) == (blocks, 8)
         needed = NARROW.shared_memory(1, GENERAL[6] if symbol.endswith("_fine") else BF16)
         assert launch.shared_memory == max(needed, OVER_HALF)
@@ -484,7 +490,9 @@ def test_misaligned_zeros_are_copied_in_whole_pieces(stub: Stub, kind: str) -> N
     zeros = (
         torch.rand(4, 104).bfloat16() if kind == "float" else torch.randint(0, 16, (4, 104)).to(getattr(torch, kind))
     )
-    params = layer.params(stub, a, zeros=zeros)
+    launch = layer.run(stub, a, zeros=zeros)
+    params, mapped = launch.params, launch.tensor_maps[2]
+    assert mapped and (mapped.address, mapped.strides) == (params["zeros"], (208 if kind == "float" else 112,))
     assert params["scale_stride"] == 104  # whole pieces already
     assert params["zero_stride"] == (104 if kind == "float" else 112)
     assert (params["zeros"] == zeros.data_ptr()) == (kind == "float")
@@ -531,7 +539,7 @@ def test_flags_of_the_epilogue(stub: Stub, options: dict[str, Any], flags: int) 
     assert params["channel_scales"] == (0 if channel is None else channel.data_ptr())
     assert params["token_scales"] == (0 if token is None else token.data_ptr())
     pairs = 0 if flags & abi.FLAG_OUT_FP32 else abi.FLAG_STORE_PAIRS
-    assert params["flags"] == flags | pairs
+    assert params["flags"] == flags | pairs | abi.FLAG_SCALE_MAPS
     assert params["out_stride"] == (128 if "activation" in options else 256)
     assert params["n"] == 256
 

@@ -222,7 +222,7 @@ def test_weights(types: TypeConfig) -> None:
     assert {(w.b, w.zeros) for w in found} == KINDS[types.name]
     for b, zeros in KINDS[types.name]:
         groups = {w.group for w in found if (w.b, w.zeros) == (b, zeros)}
-        assert groups == ({32, 96} if types.fine else {-1, 64, 128})
+        assert groups == ({32, 96} if types.fine else {-1, 64, 128, 192, 384})
 
 
 def test_the_types_multiply_by_all_that_there_is_once() -> None:
@@ -242,8 +242,8 @@ def test_the_types_multiply_by_all_that_there_is_once() -> None:
 def test_weights_of_a_bundle_without_the_kernels_that_come_first() -> None:
     types = TypeConfig("fp16", "u4", "fp16", "any")
     found = qualify.weights_of(with_types(types), types)
-    assert {w.group for w in found if w.b == "u4b8"} == {-1, 64, 128}
-    assert len(found) == len(set(found)) == 4 * 3 <= qualify.CASES  # so each schedule runs every one
+    assert {w.group for w in found if w.b == "u4b8"} == {-1, 64, 128, 192, 384}
+    assert len(found) == len(set(found)) == 4 * 5 <= qualify.CASES  # so each schedule runs every one
     assert {c.weights for c in qualify.cases_for(types, found, 16, 3)} == set(found)
 
 
@@ -361,6 +361,24 @@ def test_a_kernel_that_rounds_floating_zeros_once_passes(a: str, b: str, monkeyp
             assert error is not None
             errors.append(error)
     assert 0 < max(errors) <= 0.7 * record.TOLERANCE[a]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_is_no_error(dtype: torch.dtype) -> None:
+    """Nor is rounding the other way, of a sum that lies in the middle; what goes beyond is measured from there."""
+    exact = torch.cat([torch.randn(1000) * 2.0**e for e in (-20, 0, 5, 10)] + [torch.zeros(3)])
+    assert qualify.rounded_error(exact.to(dtype), exact) == 0
+    step = torch.finfo(dtype).eps
+    middle = torch.tensor([1.0, 1 + step / 2, 2 - step / 2, 1e-3])
+    if dtype != torch.float32:
+        for rounded in (1.0, 1 + step):
+            out = torch.tensor([1.0, rounded, 2.0, 1e-3]).to(dtype)
+            assert qualify.rounded_error(out, middle) < 1e-9
+    wrong = torch.tensor([1 + 4 * step, 1 + step, 2 - step, 1e-3]).to(dtype)
+    beyond = 4 * step if dtype == torch.float32 else 3.5 * step
+    assert qualify.rounded_error(wrong, wrong * torch.tensor([1 / (1 + 4 * step), 1, 1, 1])) == pytest.approx(
+        beyond / float(torch.tensor([1.0, 1 + step, 2 - step, 1e-3]).norm()), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("swiglu", [False, True])

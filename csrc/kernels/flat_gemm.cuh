@@ -8,17 +8,17 @@
 // memory; that one adds the partials in the order of K and stores. Shares do not depend on timing, so the result is
 // deterministic.
 //   warpgroups 0 .. ROW_WG-1  consumers, most registers: load words, convert, wgmma, store
-//   warpgroup  ROW_WG         producers, few registers, one lane of each warp: warp 0 weights, warp 1 activations, warp
-//   2
-//                             scales and zero points, warp 3 announces a partial tile
+//   warpgroup  ROW_WG         producers, few registers, one lane of each warp: warp 0 weights, warp 1 activations,
+//                             warp 2 scales and zero points, warp 3 announces a partial tile
 // The producers run ahead over the tile boundary, so that the ring stays full while the consumers store a tile.
 //
 // With a cluster (T::CLUSTER > 1) all above is said of it: it takes a tile of CLUSTER * ROWS rows, of which each CTA
 // has ROWS, and all its CTAs go through the same steps, so that each needs to read only its part of the activations
 // from L2. A CTA gives its rows of a partial tile to the CTA of its own rank.
 #pragma once
+#include "consumer.cuh"
 #include "epilogue.cuh"
-#include "ring.cuh"
+#include "producers.cuh"
 
 namespace machete {
 
@@ -189,7 +189,7 @@ struct Partials {
 };
 
 template <class Types, class T>
-DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
+DEVICE void flat_gemm(const TensorMaps& maps, const GemmParams& p) {
   extern __shared__ __align__(1024) uint8_t smem[];
   launch_dependents();
 
@@ -216,10 +216,14 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
       int row0, token0;
       Work<T> work(p);
       const uint64_t policy = p.token_tiles == 1 ? policy_evict_first() : policy_evict_normal();
-      for (; work.next(); at.rewind()) {
+      const Pace pace;
+      for (int filled = 0; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
         WeightProducer<T> weights(p, row0, work.from * T::STEP_UNITS, k_units);
-        fill(own, at, work.to - work.from, [&](int slot, int) { weights.load(own, slot, policy); });
+        fill(own, at, work.to - work.from, [&](int slot, int) {
+          weights.load(own, slot, policy);
+          if (filled < T::STAGES) pace.hold(++filled * T::WEIGHTS_BYTES);
+        });
       }
       for (int share = Work<T>::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
         Partials<T>::load(p, ++share, own, at);
@@ -230,22 +234,23 @@ DEVICE void flat_gemm(const CUtensorMap& acts, const GemmParams& p) {
     } else if (warp == T::WARPS + 1 && elect_one()) {
       int row0, token0;
       Work<T> work(p);
-      prefetch_tensor_map(&acts);
+      prefetch_tensor_map(&maps.acts);
       wait_for_predecessors();  // activations, output and workspace belong to earlier kernels until here; all accesses
                                 // to them depend on these loads
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
         fill(own, at, work.to - work.from, [&](int slot, int step) {
-          load_acts(own, slot, acts, p, token0, (work.from + step) * T::STEP_UNITS, cta_rank<T>());
+          load_acts(own, slot, maps.acts, p, token0, (work.from + step) * T::STEP_UNITS, cta_rank<T>());
         });
       }
     } else if (warp == T::WARPS + 2 && elect_one()) {
       int row0, token0;
       Work<T> work(p);
       const uint64_t policy = p.token_tiles == 1 ? policy_evict_first() : policy_evict_normal();
+      prefetch_tensor_map(&maps.scales);
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
-        ScaleProducer<T> scales(p, row0, work.from * T::STEP_UNITS);
+        ScaleProducer<T> scales(maps, p, row0, work.from * T::STEP_UNITS);
         fill(own, at, work.to - work.from, [&](int slot, int) { scales.load(own, slot, policy); });
       }
     } else if (warp == T::WARPS + 3 && elect_one() && Work<T>::gives(p)) {

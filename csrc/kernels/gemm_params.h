@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MACHETE_ABI_VERSION = 5 };
+enum { MACHETE_ABI_VERSION = 6 };
 
 enum {
   FLAG_ACTS_2D = 1,
@@ -14,6 +14,7 @@ enum {
   FLAG_OUT_BF16 = 16,
   FLAG_OUT_FP16 = 32,
   FLAG_SWIGLU = 64,
+  FLAG_SCALE_MAPS = 128,
 };
 
 typedef struct GemmParams {
@@ -32,7 +33,7 @@ typedef struct GemmParams {
   int32_t scale_stride;         // elements from one group's scales to the next, a multiple of 8
   int32_t zero_stride;          // elements from one group's zeros to the next, a multiple of 16 bytes
   int32_t out_stride;           // elements from one output row to the next
-  int32_t group_blocks;         // 32-k blocks that share a scale; at least ceil(k/32): one group over K
+  int32_t group_blocks;         // 32-k blocks that share a scale; 2^26: one group over K
   int32_t code_zero;            // the code that stands for zero where zeros is null
   int32_t flags;                // sum of the FLAG_ values
   int32_t row_tiles;            // tiles along n

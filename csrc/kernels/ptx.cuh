@@ -99,6 +99,13 @@ DEVICE void tensor_copy_2d(uint32_t dst, const void* map, int x, int y, uint32_t
       "l"(map), "r"(x), "r"(y), "r"(bar)
       : "memory");
 }
+DEVICE void tensor_copy_2d(uint32_t dst, const void* map, int x, int y, uint32_t bar, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(bar), "l"(policy)
+      : "memory");
+}
 DEVICE void tensor_copy_3d(uint32_t dst, const void* map, int x, int y, int z, uint32_t bar) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "

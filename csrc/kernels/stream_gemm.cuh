@@ -12,8 +12,9 @@
 // What a step costs besides conversion and wgmma (wait, arrive, addresses) matters: at 8 tokens it can take as long as
 // the multiplications. Hence steps of 256 to 512 k and a consumer loop unrolled over the ring.
 #pragma once
+#include "consumer.cuh"
 #include "epilogue.cuh"
-#include "ring.cuh"
+#include "producers.cuh"
 
 namespace machete {
 
@@ -39,7 +40,7 @@ struct StreamTile : Tile<RowWarpgroups, KWarpgroups, Blocks, Units, Tokens, Stag
 enum { BARRIERS_READY = 1, PARTIALS_READY = 2 };  // named barriers
 
 template <class Types, class T>
-DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
+DEVICE void stream_gemm(const TensorMaps& maps, const GemmParams& p) {
   extern __shared__ __align__(1024) uint8_t smem[];
   // At the start: the next kernel's CTAs move in as soon as there is room, and fill their rings. Where these would take
   // bandwidth from this kernel's own copies, to leave it unused while this one ends, that is put off.
@@ -99,13 +100,14 @@ DEVICE void stream_gemm(const CUtensorMap& acts, const GemmParams& p) {
           if (step < T::STAGES) pace.hold((step + 1) * T::WEIGHTS_BYTES);
         });
       } else if (warp == T::WARPS + 1) {
-        prefetch_tensor_map(&acts);
+        prefetch_tensor_map(&maps.acts);
         wait_for_predecessors();  // activations and output belong to earlier kernels until here; stores depend on these
                                   // loads
         fill(own, at, steps,
-             [&](int slot, int step) { load_acts(own, slot, acts, p, token0, unit0 + step * T::STEP_UNITS); });
+             [&](int slot, int step) { load_acts(own, slot, maps.acts, p, token0, unit0 + step * T::STEP_UNITS); });
       } else {
-        ScaleProducer<T> scales(p, read0, unit0);
+        prefetch_tensor_map(&maps.scales);
+        ScaleProducer<T> scales(maps, p, read0, unit0);
         fill(own, at, steps, [&](int slot, int) { scales.load(own, slot, policy); });
       }
     }

@@ -8,13 +8,15 @@
 #include <string.h>
 
 _Static_assert(sizeof(void*) == 8, "addresses have 64 bits");
-_Static_assert(sizeof(machete_loader_plan) == 256, "machete_aot/loader.py packs 256 bytes");
+_Static_assert(sizeof(machete_loader_map) == 56, "machete_aot/loader.py packs 56 bytes");
+_Static_assert(sizeof(machete_loader_plan) == 368, "machete_aot/loader.py packs 368 bytes");
 _Static_assert(sizeof(machete_loader_call) == 120, "machete_aot/loader.py packs 120 bytes");
 
 // ---- what of cuda.h is needed ----
 
-enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };                      // CUlaunchAttributeID
-enum { UINT16 = 1, NO_INTERLEAVE = 0, SWIZZLE_128B = 3, PROMOTE_256B = 3, FILL_ZERO = 0 };  // CUtensorMap...
+enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };    // CUlaunchAttributeID
+enum { UINT16 = 1, NO_INTERLEAVE = 0, PROMOTE_256B = 3, FILL_ZERO = 0 };  // CUtensorMap...
+enum { SWIZZLE_NONE = 0, SWIZZLE_128B = 3 };                              // CUtensorMapSwizzle
 enum { MAX_BOX = 256, MAX_CLUSTER = 16, MAX_THREADS = 1024, MAX_GRID_YZ = 65535, MAX_SHARED = 227 * 1024 };
 // Bytes of shared memory of an SM of compute capability 9.0, of it what a CTA takes beside what it asks for, and what
 // two CTAs of an SM cannot both have, in the unit in which it is handed out.
@@ -60,13 +62,15 @@ static atomic_bool ready;
 static _Atomic uint64_t next_token;
 
 // Tensor maps of this thread. A map depends on an address and on what the plan says of it, and on nothing else: not on
-// what lies there, nor on the device. So an entry is never wrong, and a set drops its oldest.
-enum { MAP_BYTES = 128, WAYS = 4, SETS = 32 };
+// what lies there, nor on the device. So an entry is never wrong, and a set drops its oldest. There is room for a model
+// whose layers each have a map of their scales.
+enum { MAP_BYTES = 128, WAYS = 4, SETS = 128 };
 typedef struct map_key {
   uint64_t address;
   uint64_t dims[3], strides[2];
   uint32_t box[3];
-  uint32_t rank;  // 0: an entry that was never used
+  uint16_t rank;  // 0: an entry that was never used
+  uint16_t swizzle;
 } map_key;
 _Static_assert(sizeof(map_key) == 64, "keys are compared as bytes, so they have no padding");
 typedef struct map_set {
@@ -131,13 +135,24 @@ static void* driver(int function) { return atomic_load_explicit(&functions[funct
 
 static bool between(uint64_t value, uint64_t least, uint64_t most) { return value >= least && value <= most; }
 
+static bool is_map(const machete_loader_map* map) {
+  bool good = map->rank == 0 || between(map->rank, 2, 3);
+  for (uint32_t i = 0; i < 3; ++i)
+    if (i < map->rank) good &= between(map->dims[i], 1, MAX_DIM) && between(map->box[i], 1, MAX_BOX);
+    else good &= map->dims[i] == 0 && map->box[i] == 0;
+  for (uint32_t i = 0; i < 2; ++i)
+    if (i + 1 < map->rank) good &= between(map->strides[i], 16, MAX_STRIDE - 1) && map->strides[i] % 16 == 0;
+    else good &= map->strides[i] == 0;
+  return good;
+}
+
 static int check_plan(const machete_loader_plan* p) {
   if (p->magic != MACHETE_LOADER_PLAN || p->size != sizeof *p) return MACHETE_LOADER_BAD_PLAN;
   if (p->abi != MACHETE_ABI_VERSION) return MACHETE_LOADER_WRONG_ABI;
   const uint32_t placed = MACHETE_LOADER_ONE_PER_SM | MACHETE_LOADER_EVERY_SM;
   if (p->options & ~(MACHETE_LOADER_PAIRS | placed)) return MACHETE_LOADER_BAD_PLAN;
   if ((p->options & placed) == MACHETE_LOADER_EVERY_SM) return MACHETE_LOADER_BAD_PLAN;
-  bool good = between(p->grid[0], 1, INT32_MAX) && between(p->rank, 2, 3) && p->shared_memory <= MAX_SHARED;
+  bool good = between(p->grid[0], 1, INT32_MAX) && p->shared_memory <= MAX_SHARED;
   uint64_t threads = 1, ctas = 1;
   for (int i = 0; i < 3; ++i) {
     good &= between(p->block[i], 1, MAX_THREADS) && between(p->cluster[i], 1, MAX_CLUSTER);
@@ -147,18 +162,15 @@ static int check_plan(const machete_loader_plan* p) {
     ctas *= p->cluster[i];
   }
   good &= threads <= MAX_THREADS && ctas <= MAX_CLUSTER;
-  for (uint32_t i = 0; i < 3; ++i)
-    if (i < p->rank) good &= between(p->dims[i], 1, MAX_DIM) && between(p->box[i], 1, MAX_BOX);
-    else good &= p->dims[i] == 0 && p->box[i] == 0;
-  for (uint32_t i = 0; i < 2; ++i)
-    if (i + 1 < p->rank) good &= between(p->strides[i], 16, MAX_STRIDE - 1) && p->strides[i] % 16 == 0;
-    else good &= p->strides[i] == 0;
+  good &= is_map(&p->acts) && is_map(&p->scales) && is_map(&p->zeros);
+  good &= p->acts.rank != 0 && p->scales.rank != 3 && p->zeros.rank != 3 && (p->scales.rank || !p->zeros.rank);
   const GemmParams* g = &p->params;
-  const int32_t known = FLAG_ACTS_2D | FLAG_INTEGER_ZEROS | FLAG_OUT_FP32 | FLAG_OUT_BF16 | FLAG_OUT_FP16 | FLAG_SWIGLU;
+  const int32_t known =
+      FLAG_ACTS_2D | FLAG_INTEGER_ZEROS | FLAG_OUT_FP32 | FLAG_OUT_BF16 | FLAG_OUT_FP16 | FLAG_SWIGLU | FLAG_SCALE_MAPS;
   good &= g->m > 0 && g->n > 0 && g->k > 0 && g->group_blocks > 0 && g->scale_stride >= 0 && g->zero_stride >= 0;
   good &= g->out_stride >= 0 && g->row_tiles > 0 && g->token_tiles > 0 && g->steps >= 0 && g->even_tiles >= 0;
   good &= g->share_steps >= 0 && g->longer_shares >= 0 && g->late_steps >= 0 && !(g->flags & ~known);
-  good &= !(g->flags & FLAG_ACTS_2D) == (p->rank == 3);
+  good &= !(g->flags & FLAG_ACTS_2D) == (p->acts.rank == 3) && !(g->flags & FLAG_SCALE_MAPS) == !p->scales.rank;
   return good ? MACHETE_LOADER_OK : MACHETE_LOADER_BAD_PLAN;
 }
 
@@ -170,8 +182,9 @@ int machete_loader_check(const void* plan, size_t size) {
 }
 
 static int check_addresses(const machete_loader_call* c, const machete_loader_plan* p) {
-  if (!c->acts || !c->weights || !c->scales || !c->out || (p->workspace && !c->workspace))
-    return MACHETE_LOADER_NO_ADDRESS;
+  if (!c->acts || !c->weights || !c->scales || !c->out) return MACHETE_LOADER_NO_ADDRESS;
+  if ((p->zeros.rank && !c->zeros) || (p->workspace && !c->workspace)) return MACHETE_LOADER_NO_ADDRESS;
+  if (c->zeros && p->scales.rank && !p->zeros.rank) return MACHETE_LOADER_BAD_CALL;  // the kernel would read a null map
   // The driver itself refuses activations that are not on 16 bytes.
   const uintptr_t pieces = (uintptr_t)c->weights | (uintptr_t)c->scales | (uintptr_t)c->zeros | (uintptr_t)c->workspace;
   const uintptr_t words = (uintptr_t)c->channel_scales | (uintptr_t)c->token_scales;
@@ -186,20 +199,25 @@ static unsigned set_of(const map_key* key) {
   uint64_t hash = key->address >> 4;
   hash = (hash ^ key->dims[0] << 40 ^ key->dims[1] << 20 ^ key->dims[2] ^ (uint64_t)key->box[1] << 52);
   hash *= UINT64_C(0x9e3779b97f4a7c15);
-  return (unsigned)(hash >> 59);  // the upper five bits depend on all others
+  return (unsigned)(hash >> 57);  // the upper seven bits depend on all others
 }
-_Static_assert(SETS == 32, "set_of returns five bits");
+_Static_assert(SETS == 128, "set_of returns seven bits");
 
-// Points ``map`` at the tensor map of the activations: the thread's own, until it launches something else.
-static int tensor_map(const machete_loader_plan* p, const void* address, void** map) {
-  map_key key = {.address = (uintptr_t)address, .rank = p->rank};
-  memcpy(key.dims, p->dims, sizeof key.dims);
-  memcpy(key.strides, p->strides, sizeof key.strides);
-  memcpy(key.box, p->box, sizeof key.box);
+// Copies the tensor map of what lies at ``address`` to ``to``, because the next look-up may drop it from the cache;
+// zeros where there is none.
+static int tensor_map(const machete_loader_map* map, int swizzle, const void* address, uint8_t* to) {
+  if (!map->rank) {
+    memset(to, 0, MAP_BYTES);
+    return MACHETE_LOADER_OK;
+  }
+  map_key key = {.address = (uintptr_t)address, .rank = (uint16_t)map->rank, .swizzle = (uint16_t)swizzle};
+  memcpy(key.dims, map->dims, sizeof key.dims);
+  memcpy(key.strides, map->strides, sizeof key.strides);
+  memcpy(key.box, map->box, sizeof key.box);
   map_set* set = &cache[set_of(&key)];
   for (int i = 0; i < WAYS; ++i)
     if (!memcmp(&set->keys[i], &key, sizeof key)) {
-      *map = set->maps[i];
+      memcpy(to, set->maps[i], MAP_BYTES);
       return MACHETE_LOADER_OK;
     }
   static const uint32_t element_strides[3] = {1, 1, 1};
@@ -207,11 +225,11 @@ static int tensor_map(const machete_loader_plan* p, const void* address, void** 
   set->keys[way].rank = 0;  // a failed encoding leaves nothing behind
   const int result = ((encode_function*)driver(ENCODE))(set->maps[way], UINT16, key.rank, (void*)(uintptr_t)key.address,
                                                         key.dims, key.strides, key.box, element_strides, NO_INTERLEAVE,
-                                                        SWIZZLE_128B, PROMOTE_256B, FILL_ZERO);
+                                                        swizzle, PROMOTE_256B, FILL_ZERO);
   if (result) return failed(ENCODE, result);
   set->keys[way] = key;
   ++set->oldest;
-  *map = set->maps[way];
+  memcpy(to, set->maps[way], MAP_BYTES);
   return MACHETE_LOADER_OK;
 }
 
@@ -231,8 +249,10 @@ static uint32_t shared_memory(const machete_loader_call* c, const machete_loader
 }
 
 static int launch(const machete_loader_call* c, const machete_loader_plan* p) {
-  void* map;
-  const int encoded = tensor_map(p, c->acts, &map);
+  _Alignas(64) uint8_t maps[3][MAP_BYTES];  // the kernel's first parameter
+  int encoded = tensor_map(&p->acts, SWIZZLE_128B, c->acts, maps[0]);
+  if (!encoded) encoded = tensor_map(&p->scales, SWIZZLE_NONE, c->scales, maps[1]);
+  if (!encoded) encoded = tensor_map(&p->zeros, SWIZZLE_NONE, c->zeros, maps[2]);
   if (encoded) return encoded;
   GemmParams params = p->params;
   params.weights = c->weights;
@@ -259,7 +279,7 @@ static int launch(const machete_loader_call* c, const machete_loader_plan* p) {
     attribute->id = PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute->value.allowed = 1;
   }
-  void* parameters[2] = {map, &params};
+  void* parameters[2] = {maps, &params};
   return failed(LAUNCH, ((launch_function*)driver(LAUNCH))(&config, c->kernel, parameters, NULL));
 }
 

@@ -4,9 +4,9 @@
 //
 // A *plan* holds all that one shape of a product fixes, a *call* the rest: addresses, the stream, the kernel. Both are
 // plain structs that the caller owns and may share between threads, as long as nobody writes to them. A launch checks
-// both, encodes the tensor map of the activations unless this thread did so lately, fills in the parameter block and
-// calls cuLaunchKernelEx. It allocates nothing but, once for each thread, the storage of that thread's tensor maps and
-// of what it launched last.
+// both, encodes the tensor maps of activations, scales and zeros unless this thread did so lately, fills in the
+// parameter block and calls cuLaunchKernelEx. It allocates nothing but, once for each thread, the storage of that
+// thread's tensor maps and of what it launched last.
 //
 // Functions return 0, a negative machete_loader_status, or what a driver call returned, see machete_loader_result. All
 // of them may be called from any thread at any time. After fork() a child needs the CUDA driver to be uninitialised in
@@ -27,7 +27,7 @@ extern "C" {
 #define MACHETE_LOADER_API __attribute__((visibility("default")))
 #endif
 
-enum { MACHETE_LOADER_VERSION = 2 };  // changes with the structs below; MACHETE_ABI_VERSION is that of GemmParams
+enum { MACHETE_LOADER_VERSION = 3 };  // changes with the structs below; MACHETE_ABI_VERSION is that of GemmParams
 
 enum {
   MACHETE_LOADER_PLAN = 0x4e4c504d,  // machete_loader_plan.magic: "MPLN"
@@ -39,10 +39,10 @@ typedef enum machete_loader_status {
   MACHETE_LOADER_NOT_INITIALISED = -1,  // machete_loader_init has not succeeded yet
   MACHETE_LOADER_NO_DRIVER = -2,        // libcuda cannot be opened
   MACHETE_LOADER_NO_FUNCTION = -3,      // the driver is too old: before CUDA 12.0
-  MACHETE_LOADER_BAD_CALL = -4,         // a call of another version, an unknown option, or no plan or kernel
+  MACHETE_LOADER_BAD_CALL = -4,         // another version, an unknown option, no plan or kernel, or unmapped zeros
   MACHETE_LOADER_BAD_PLAN = -5,         // a plan that no product has
   MACHETE_LOADER_WRONG_ABI = -6,        // a plan for another version of GemmParams
-  MACHETE_LOADER_NO_ADDRESS = -7,       // activations, weights, scales, out or a needed workspace are null
+  MACHETE_LOADER_NO_ADDRESS = -7,       // activations, weights, scales, out, mapped zeros or a workspace are null
   MACHETE_LOADER_MISALIGNED = -8,       // an address that the kernels cannot read or write
 } machete_loader_status;
 
@@ -55,22 +55,30 @@ enum {
   MACHETE_LOADER_EVERY_SM = 4,    // with the above: every SM has one
 };
 
+// A tensor map of 16-bit elements, without its address. What follows of a third dimension is 0 where rank is 2. rank 0:
+// the launch reads no such map, and everything else is 0.
+typedef struct machete_loader_map {
+  uint32_t rank;
+  uint32_t box[3];      // elements of a copy
+  uint64_t dims[3];     // elements
+  uint64_t strides[2];  // bytes, of the second and third dimension
+} machete_loader_map;
+
 // What one shape of a product fixes. machete_aot/launch.py derives these from a schedule (LaunchPlan).
 typedef struct machete_loader_plan {
-  uint32_t magic;          // MACHETE_LOADER_PLAN
-  uint32_t size;           // sizeof(machete_loader_plan)
-  uint32_t abi;            // MACHETE_ABI_VERSION
-  uint32_t options;        // sum of the above
-  uint32_t grid[3];        // in CTAs
-  uint32_t block[3];       // in threads
-  uint32_t cluster[3];     // in CTAs; 1, 1, 1 launches without the cluster attribute
-  uint32_t shared_memory;  // dynamic, in bytes, that the kernel needs
-  uint32_t rank;           // of the tensor map: 2 or 3. What follows of a third dimension is 0 for 2
-  uint32_t box[3];         // elements of a copy
-  uint64_t dims[3];        // elements
-  uint64_t strides[2];     // bytes, of the second and third dimension
-  uint64_t workspace;      // bytes that a launch needs in global memory
-  GemmParams params;       // the pointers and the token are ignored; FLAG_STORE_PAIRS must not be set
+  uint32_t magic;             // MACHETE_LOADER_PLAN
+  uint32_t size;              // sizeof(machete_loader_plan)
+  uint32_t abi;               // MACHETE_ABI_VERSION
+  uint32_t options;           // sum of the above
+  uint32_t grid[3];           // in CTAs
+  uint32_t block[3];          // in threads
+  uint32_t cluster[3];        // in CTAs; 1, 1, 1 launches without the cluster attribute
+  uint32_t shared_memory;     // dynamic, in bytes, that the kernel needs
+  machete_loader_map acts;    // of rank 2 or 3, in the 128-byte swizzle
+  machete_loader_map scales;  // not swizzled; of rank 2 with FLAG_SCALE_MAPS, else 0
+  machete_loader_map zeros;   // likewise, and of rank 0 too where there are no zeros; of pairs with FLAG_INTEGER_ZEROS
+  uint64_t workspace;         // bytes that a launch needs in global memory
+  GemmParams params;          // the pointers and the token are ignored; FLAG_STORE_PAIRS must not be set
 } machete_loader_plan;
 
 // machete_loader_call.options
@@ -91,7 +99,7 @@ typedef struct machete_loader_call {
   const void* acts;            // on 16 bytes
   const void* weights;         // on 16 bytes
   const void* scales;          // on 16 bytes
-  const void* zeros;           // on 16 bytes, or null
+  const void* zeros;           // on 16 bytes, or null: with FLAG_SCALE_MAPS just where the plan has no map of them
   const void* bias;            // on 2 bytes, or null
   const void* channel_scales;  // on 4 bytes, or null
   const void* token_scales;    // on 4 bytes, or null

@@ -18,7 +18,8 @@
 
 namespace {
 
-constexpr int kGroup = 128;  // k that share a scale
+constexpr int kGroup = 128;         // k that share a scale
+constexpr int kOneGroup = 1 << 26;  // GemmParams.group_blocks where that is all of K
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -48,6 +49,24 @@ const Json& choose(const Json& manifest, std::int64_t m) {
   return *best;
 }
 
+machete_loader_map map_of(const std::vector<std::int64_t>& dims, const std::vector<std::int64_t>& strides,
+                          const std::vector<std::int64_t>& box) {
+  machete_loader_map map{};
+  map.rank = static_cast<std::uint32_t>(dims.size());
+  for (std::size_t i = 0; i < dims.size(); ++i) {
+    map.dims[i] = static_cast<std::uint64_t>(dims[i]);
+    map.box[i] = static_cast<std::uint32_t>(box[i]);
+    if (i > 0) map.strides[i - 1] = static_cast<std::uint64_t>(strides[i - 1]);
+  }
+  return map;
+}
+
+// The groups of a ring stage of so many k, or 0 where they differ from one stage to the next.
+std::int64_t stage_groups(std::int64_t stage_k, std::int64_t k) {
+  if (kGroup >= k || kGroup % stage_k == 0) return 1;
+  return stage_k % kGroup ? 0 : stage_k / kGroup;
+}
+
 // What machete_aot/launch.py derives for such a kernel and no division of K. Its sizes of shared memory, too.
 machete_loader_plan plan_of(const Json& kernel, std::int64_t m, std::int64_t n, std::int64_t k) {
   const Json& tile = kernel["tile"];
@@ -73,20 +92,15 @@ machete_loader_plan plan_of(const Json& kernel, std::int64_t m, std::int64_t n, 
   plan.shared_memory = static_cast<std::uint32_t>(barriers + slabs);
   // k is a multiple of 64; a single tile of tokens is copied as far as it is filled.
   const bool full = m >= tokens;
-  const std::int64_t dims[2][3] = {{k, m, 0}, {64, m, k / 64}}, box[2][3] = {{64, m, 0}, {64, tokens, units}};
-  plan.rank = full ? 3 : 2;
-  for (int i = 0; i < 3; ++i) {
-    plan.dims[i] = static_cast<std::uint64_t>(dims[full][i]);
-    plan.box[i] = static_cast<std::uint32_t>(box[full][i]);
-  }
-  plan.strides[0] = static_cast<std::uint64_t>(2 * k);
-  plan.strides[1] = full ? 128 : 0;
+  plan.acts = full ? map_of({64, m, k / 64}, {2 * k, 128}, {64, tokens, units}) : map_of({k, m}, {2 * k}, {64, m});
+  const std::int64_t groups = stage_groups(64 * units, k);
+  if (groups) plan.scales = map_of({n, ceil_div(k, kGroup)}, {2 * n}, {rows, groups});
   GemmParams& p = plan.params;
-  p.flags = full ? 0 : FLAG_ACTS_2D;
+  p.flags = (full ? 0 : FLAG_ACTS_2D) | (groups ? FLAG_SCALE_MAPS : 0);
   p.m = static_cast<std::int32_t>(m);
   p.n = p.scale_stride = p.out_stride = static_cast<std::int32_t>(n);
   p.k = static_cast<std::int32_t>(k);
-  p.group_blocks = kGroup >= k ? static_cast<std::int32_t>(ceil_div(k, 32)) : kGroup / 32;
+  p.group_blocks = kGroup >= k ? kOneGroup : kGroup / 32;
   p.code_zero = 8;
   p.row_tiles = static_cast<std::int32_t>(grid[0]);
   p.token_tiles = static_cast<std::int32_t>(grid[1]);

@@ -109,8 +109,8 @@ def main() -> int:
     failures = 0
     for types, schedule, number in chosen(manifest, options.types):
         if options.only in schedule.name:
-            # Neighbours in this list have other zeros and types; the group sizes are those that change within a unit.
-            weights = [w for w in weights_of(manifest, types) if w.group in (32, 64)]
+            # Neighbours in this list have other zeros and types; half of the group sizes are copied by tensor maps.
+            weights = [w for w in weights_of(manifest, types) if w.group in (32, 64, 96, 192)]
             tile = manifest.kernel_for(types, schedule.name).tile
             for kind in range(KINDS) if types.name == options.types else [number % KINDS]:
                 failures += not run(types, weights[(number + kind) % len(weights)], schedule, tile, kind) <= 1

@@ -19,7 +19,7 @@ from machete_aot import u4, u4b8, u8, u8b128
 pytestmark = pytest.mark.gpu
 
 WEIGHTS = [(b, zeros) for b in (u4, u8) for zeros in ("none", "float", "int")] + [(u4b8, "none"), (u8b128, "none")]
-GROUPS = (-1, 32, 64, 96, 128)
+GROUPS = (-1, 32, 64, 96, 128, 192, 384)
 TOKENS = (1, 7, 17, 65, 200)
 SHAPES = ((96, 128), (1000, 1096), (1008, 1152), (4304, 1096), (1000, 1152), (4304, 1152), (1008, 128))
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

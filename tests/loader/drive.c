@@ -19,7 +19,7 @@
     }                                                             \
   while (0)
 
-static const char cubin[] = "stub-cubin\nkernel 0:128 128:136\n";
+static const char cubin[] = "stub-cubin\nkernel 0:384 384:136\n";
 static void *library, *kernel, *context;
 static int calls;
 static atomic_int good;
@@ -43,16 +43,17 @@ static machete_loader_plan plan_of(int32_t m) {
       .block = {352, 1, 1},
       .cluster = {2, 1, 1},
       .shared_memory = 100000,
-      .rank = 3,
-      .box = {64, 8, 4},
-      .dims = {64, (uint64_t)m, 64},
-      .strides = {8192, 128},
+      .acts = {.rank = 3, .box = {64, 8, 4}, .dims = {64, (uint64_t)m, 64}, .strides = {8192, 128}},
+      .scales = {.rank = 2, .box = {128, 2}, .dims = {4096, 32}, .strides = {8192}},
+      .zeros = {.rank = 2, .box = {128, 2}, .dims = {2048, 32}, .strides = {4096}},
       .params = {.m = m,
                  .n = 4096,
                  .k = 4096,
                  .scale_stride = 4096,
+                 .zero_stride = 4096,
                  .out_stride = 4096,
                  .group_blocks = 4,
+                 .flags = FLAG_INTEGER_ZEROS | FLAG_SCALE_MAPS,
                  .row_tiles = 32,
                  .token_tiles = (m + 7) / 8,
                  .steps = 16},
@@ -71,8 +72,21 @@ static machete_loader_call call_of(const machete_loader_plan* plan) {
       .acts = (void*)0x7f0000000000,
       .weights = (void*)0x7f1000000000,
       .scales = (void*)0x7f2000000000,
+      .zeros = (void*)0x7f3000000000,
       .out = (void*)0x7f4000000000,
   };
+}
+
+static void without_zeros(machete_loader_plan* plan, machete_loader_call* call) {
+  plan->zeros = (machete_loader_map){0};
+  plan->params.flags &= ~FLAG_INTEGER_ZEROS;
+  plan->params.zero_stride = 0;
+  call->zeros = NULL;
+}
+
+static void without_scale_maps(machete_loader_plan* plan) {
+  plan->scales = plan->zeros = (machete_loader_map){0};
+  plan->params.flags &= ~FLAG_SCALE_MAPS;
 }
 
 static void launch_all(uint64_t seed) {
@@ -81,6 +95,10 @@ static void launch_all(uint64_t seed) {
     machete_loader_plan plan = plan_of(1 + (int32_t)(next(&state) % 500));
     machete_loader_call call = call_of(&plan);
     call.acts = (void*)(0x7f0000000000 + next(&state) % 300 * 4096);  // more than the thread's tensor maps
+    call.scales = (void*)(0x7f2000000000 + next(&state) % 300 * 4096);
+    const int kind = (int)(next(&state) % 4);
+    if (kind == 0) without_zeros(&plan, &call);
+    if (kind == 1) without_scale_maps(&plan);
     CHECK(machete_loader_launch(&call) == 0);
     atomic_fetch_add(&good, 1);
     uint8_t* bytes = (uint8_t*)&plan;
@@ -102,6 +120,26 @@ static void* thread(void* seed) {
   return NULL;
 }
 
+static void check_maps(void) {
+  const machete_loader_plan good_plan = plan_of(5);
+  CHECK(machete_loader_check(&good_plan, sizeof good_plan) == MACHETE_LOADER_OK);
+  machete_loader_plan wrong[11];
+  for (int i = 0; i < 11; ++i) wrong[i] = good_plan;
+  wrong[0].acts = (machete_loader_map){0};
+  without_scale_maps(&wrong[1]);
+  wrong[1].zeros = good_plan.zeros;                            // without scales
+  wrong[2].scales = wrong[2].zeros = (machete_loader_map){0};  // and the flag is set
+  wrong[3].params.flags &= ~FLAG_SCALE_MAPS;
+  wrong[4].scales = (machete_loader_map){.rank = 1, .box = {128}, .dims = {4096}};
+  wrong[5].zeros.rank = 0;  // with something left of it
+  wrong[6].scales.rank = 3, wrong[6].scales.box[2] = 1, wrong[6].scales.dims[2] = 1, wrong[6].scales.strides[1] = 16;
+  wrong[7].zeros = wrong[6].scales;
+  wrong[8].scales.strides[0] = 8;
+  wrong[9].zeros.box[1] = 257;
+  wrong[10].scales.dims[2] = 1;
+  for (int i = 0; i < 11; ++i) CHECK(machete_loader_check(&wrong[i], sizeof *wrong) == MACHETE_LOADER_BAD_PLAN);
+}
+
 static void check_refusals(void) {
   machete_loader_plan plan = plan_of(5);
   machete_loader_call call = call_of(&plan);
@@ -121,6 +159,18 @@ static void check_refusals(void) {
   const int status = machete_loader_launch(&call);
   CHECK(machete_loader_result(status) == 1 && !strcmp(machete_loader_function(status), "cuTensorMapEncodeTiled"));
   call = call_of(&plan);
+  call.zeros = NULL;
+  CHECK(machete_loader_launch(&call) == MACHETE_LOADER_NO_ADDRESS);
+  call = call_of(&plan);
+  without_zeros(&plan, &call);
+  CHECK(machete_loader_launch(&call) == MACHETE_LOADER_OK);
+  call.zeros = (void*)0x7f3000000000;  // which the kernel would look for through a map that is not there
+  CHECK(machete_loader_launch(&call) == MACHETE_LOADER_BAD_CALL);
+  without_scale_maps(&plan);
+  CHECK(machete_loader_launch(&call) == MACHETE_LOADER_OK);
+  check_maps();
+  plan = plan_of(5);
+  call = call_of(&plan);
   plan.options = MACHETE_LOADER_EVERY_SM;  // which says nothing without ONE_PER_SM
   CHECK(machete_loader_launch(&call) == MACHETE_LOADER_BAD_PLAN);
   plan.options = MACHETE_LOADER_ONE_PER_SM;
@@ -132,7 +182,7 @@ static void check_refusals(void) {
   CHECK(machete_loader_launch(&call) == MACHETE_LOADER_NO_ADDRESS);
   plan.abi = 1;
   CHECK(machete_loader_launch(&call) == MACHETE_LOADER_WRONG_ABI);
-  CHECK(machete_loader_check(&plan, 255) == MACHETE_LOADER_BAD_PLAN);
+  CHECK(machete_loader_check(&plan, sizeof plan - 1) == MACHETE_LOADER_BAD_PLAN);
   CHECK(!strcmp(machete_loader_status_name(MACHETE_LOADER_WRONG_ABI), "MACHETE_LOADER_WRONG_ABI"));
   CHECK(!strcmp(machete_loader_status_name(-1000), "an unknown status"));
   CHECK(!*machete_loader_function(-3) && !*machete_loader_function(1 << 30) && !machete_loader_result(-1));

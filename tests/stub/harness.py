@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from machete_aot import abi
+
 SOURCE = Path(__file__).with_name("libcuda.c")
 TIMEOUT_S = 60
 MAX_DYNAMIC_SHARED, CARVEOUT = 8, 9  # CUfunction_attribute
@@ -48,7 +50,7 @@ class TensorMapArguments(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One recorded launch. ``parameters``: the parameter block's bytes, the tensor map first."""
+    """One recorded launch. ``parameters``: the bytes of all parameters, in a product's the tensor maps first."""
 
     symbol: str
     grid: tuple[int, ...]
@@ -63,10 +65,31 @@ class Launch(NamedTuple):
     parameters: bytes
 
     @property
+    def params(self) -> dict[str, int]:
+        """A product's GemmParams."""
+        _, (at, size) = abi.PARAMETERS
+        assert len(self.parameters) == at + size
+        return abi.unpack_params(self.parameters[at:])
+
+    @property
     def tensor_map(self) -> TensorMapArguments:
-        words = struct.unpack_from("<8I6Q6I", self.parameters)
+        """That of a product's activations."""
+        found = self.tensor_maps[0]
+        assert found is not None, "a product without a tensor map of its activations"
+        return found
+
+    @property
+    def tensor_maps(self) -> tuple[TensorMapArguments | None, ...]:
+        """Those of a product's activations, scales and zeros; None: one that is all zeros."""
+        return tuple(self._tensor_map(abi.TENSOR_MAP_BYTES * i) for i in range(abi.MAPS))
+
+    def _tensor_map(self, at: int) -> TensorMapArguments | None:
+        data = self.parameters[at : at + abi.TENSOR_MAP_BYTES]
+        if data == bytes(abi.TENSOR_MAP_BYTES):
+            return None
+        words = struct.unpack_from("<8I6Q6I", data)
         magic, kind, rank, interleave, swizzle, promotion, fill, _ = words[:8]
-        assert magic == 0x7E5709A9, "the first parameter is no tensor map that the stub encoded"
+        assert magic == 0x7E5709A9, f"no tensor map that the stub encoded at {at}"
         dims, strides, box, steps = words[9:12], words[12:14], words[14:17], words[17:20]
         sizes = (dims[:rank], strides[: rank - 1], box[:rank], steps[:rank])
         return TensorMapArguments(kind, words[8], *sizes, interleave, swizzle, promotion, fill)
@@ -85,7 +108,7 @@ class _LaunchRecord(ctypes.Structure):
         ("library", ctypes.c_uint32),
         ("parameter_bytes", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
-        ("parameters", ctypes.c_uint8 * 320),
+        ("parameters", ctypes.c_uint8 * 520),
     )
 
 

@@ -18,7 +18,7 @@
 #define MAX_KERNELS 64
 #define MAX_LAUNCHES 4096
 #define MAX_PARAMETERS 16
-#define PARAMETERS_AT 112  // where the parameters begin in the device's layout; real ones lie at 112 and 240
+#define PARAMETERS_AT 112  // where the parameters begin in the device's layout; real ones lie at 112 and 496
 #define MAX_CALLS 64
 
 enum { SUCCESS, INVALID_VALUE, NO_DEVICE = 100, INVALID_DEVICE, INVALID_IMAGE = 200, INVALID_CONTEXT };
@@ -38,7 +38,7 @@ struct launch {  // read by tests/stub/harness.py: keep both alike
   uint32_t grid[3], block[3], cluster[3];
   uint32_t shared_memory, programmatic, attributes, device, library, parameter_bytes;
   uint64_t stream;
-  uint8_t parameters[320];
+  uint8_t parameters[520];
 };
 
 struct encoded {  // what an encoded tensor map holds, 128 bytes: read by tests/stub/harness.py
@@ -301,7 +301,7 @@ EXPORT int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* addr
     if (strides[i - 1] % 16 || strides[i - 1] >= 1ull << 40) return INVALID_VALUE;
     e.strides[i - 1] = strides[i - 1];
   }
-  if (swizzle == 3 && box[0] * 2 > 128) return INVALID_VALUE;
+  if (box[0] * 2 % 16 || (swizzle == 3 && box[0] * 2 > 128)) return INVALID_VALUE;
   memcpy(map, &e, sizeof e);
   return SUCCESS;
 }
@@ -422,8 +422,8 @@ EXPORT const struct launch* stub_launch(int index) { return &launches[index]; }
 // Microseconds of what the stub does in one launch by the loader: cuCtxGetCurrent, a push and a pop around it, and
 // cuLaunchKernelEx of a kernel with two parameters. For benchmarks/launch.py.
 EXPORT double stub_time_launches(struct kernel* kernel, void* context, int count) {
-  uint8_t tensor_map[128] = {0}, block[256] = {0};
-  void *parameters[2] = {tensor_map, block}, *current;
+  uint8_t tensor_maps[384] = {0}, block[256] = {0};
+  void *parameters[2] = {tensor_maps, block}, *current;
   struct attribute overlap = {.id = 6, .value.flag = 1};
   struct config config = {.grid = {1, 1, 1}, .block = {128, 1, 1}, .attributes = &overlap, .count = 1};
   struct timespec start, end;
