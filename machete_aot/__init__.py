@@ -5,6 +5,8 @@ Weights are rearranged once, ``b = machete_aot.prepack_b(w_q, machete_aot.u4b8)`
 ``out = machete_aot.gemm(a, b, machete_aot.u4b8, b_scales)``.
 """
 
+from typing import TYPE_CHECKING
+
 from .bundle import Bundle
 from .errors import (
     ArgumentError,
@@ -28,9 +30,13 @@ from .fetch import fetch_bundle, use_bundle
 from .scalar_type import ScalarType, u4, u4b8, u8, u8b128
 from .version import __version__
 
+if TYPE_CHECKING:
+    from . import nn as nn
+
+_NEED_TORCH: frozenset[str] = frozenset()
 try:
-    from . import nn, reference
     from . import permute_op as permute_op
+    from . import reference
     from . import torch_op as torch_op
     from .gate_up import interleave_gate_up, prepack_gate_up
     from .overlap import set_overlap
@@ -48,10 +54,15 @@ except ModuleNotFoundError as error:  # bundles can be built, verified and mirro
         ]
     )
 
-    def __getattr__(name: str) -> object:
-        if name in _NEED_TORCH:
-            raise ImportError(f"machete_aot.{name} needs torch, which is not installed; pip install torch")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> object:
+    if name in _NEED_TORCH:
+        raise ImportError(f"machete_aot.{name} needs torch, which is not installed; pip install torch")
+    if name == "nn":  # a fifth of the package's import, and programs that only multiply do not need it
+        import machete_aot.nn
+
+        return machete_aot.nn
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

@@ -35,6 +35,7 @@ from .prepack import A_DTYPES, prepack_b
 from .product import gemm
 from .qualify_permute import qualify_permute
 from .record import OUTPUTS, SCHEMA, TOLERANCE, BundleId, DeviceInfo, KernelResult, Record, ScheduleResult, tolerance
+from .rounded_error import rounded_error
 from .scalar_type import SCALAR_TYPES, scalar_type
 
 SHAPES = ((128, 128), (4224, 4160), (4304, 1152), (576, 7168), (1000, 1096))  # N, K: 1096 is no multiple of 64
@@ -253,21 +254,6 @@ def run_case(operands: Operands, case: Case, schedule: str | None) -> Outcome:
     margins = bits.clone()
     margins[inner] = POISON[bits.element_size()]
     return Outcome(error, deterministic, bool((margins == POISON[bits.element_size()]).all()))
-
-
-def rounded_error(out: torch.Tensor, exact: torch.Tensor) -> float:
-    """||d|| / ||exact||, d being how far each element is from the nearest value that ``out.dtype`` rounds as it.
-
-    Not how far from ``exact``, nor from that rounded: where a few elements are most of the norm, one that lies between
-    two numbers of 16 bits would make up to 2e-3 of it, or 4e-3, however exact its sum was.
-    """
-    exact = exact.double()
-    distance = (out.double() - exact).abs()
-    if out.dtype != torch.float32:
-        kind = torch.finfo(out.dtype)
-        binade = torch.ldexp(torch.ones_like(exact), torch.frexp(exact)[1] - 1).clamp(min=kind.tiny)
-        distance = (distance - binade * (kind.eps / 2)).clamp(min=0)
-    return (distance.norm() / exact.norm()).item()
 
 
 def _product(operands: Operands, case: Case, schedule: str | None) -> torch.Tensor:

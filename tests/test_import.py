@@ -39,6 +39,19 @@ def test_promised_names() -> None:
     assert callable(machete_aot.reference.gemm)
 
 
+def test_layers_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
+    code = """
+import sys, machete_aot
+assert not any(name.startswith("machete_aot.nn") for name in sys.modules)
+assert machete_aot.nn.MacheteLinear is sys.modules["machete_aot.nn"].MacheteLinear
+try:
+    machete_aot.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    assert python(code, tmp_path) == "module 'machete_aot' has no attribute 'no_such_name'\n"
+
+
 def test_signatures() -> None:
     parameters = inspect.signature(machete_aot.gemm).parameters
     assert list(parameters) == [

@@ -20,6 +20,7 @@ from machete_aot import qualify, record, reference
 from machete_aot.config import PRODUCTS, TypeConfig
 from machete_aot.errors import DeviceError
 from machete_aot.manifest import Manifest, kernel_id, parse_manifest
+from machete_aot.rounded_error import rounded_error
 from machete_aot.scalar_type import ScalarType
 from machete_aot.validate import Problem
 from small_bundle import TILES, TYPES, small_bundle
@@ -367,16 +368,16 @@ def test_a_kernel_that_rounds_floating_zeros_once_passes(a: str, b: str, monkeyp
 def test_rounding_is_no_error(dtype: torch.dtype) -> None:
     """Nor is rounding the other way, of a sum that lies in the middle; what goes beyond is measured from there."""
     exact = torch.cat([torch.randn(1000) * 2.0**e for e in (-20, 0, 5, 10)] + [torch.zeros(3)])
-    assert qualify.rounded_error(exact.to(dtype), exact) == 0
+    assert rounded_error(exact.to(dtype), exact) == 0
     step = torch.finfo(dtype).eps
     middle = torch.tensor([1.0, 1 + step / 2, 2 - step / 2, 1e-3])
     if dtype != torch.float32:
         for rounded in (1.0, 1 + step):
             out = torch.tensor([1.0, rounded, 2.0, 1e-3]).to(dtype)
-            assert qualify.rounded_error(out, middle) < 1e-9
+            assert rounded_error(out, middle) < 1e-9
     wrong = torch.tensor([1 + 4 * step, 1 + step, 2 - step, 1e-3]).to(dtype)
     beyond = 4 * step if dtype == torch.float32 else 3.5 * step
-    assert qualify.rounded_error(wrong, wrong * torch.tensor([1 / (1 + 4 * step), 1, 1, 1])) == pytest.approx(
+    assert rounded_error(wrong, wrong * torch.tensor([1 / (1 + 4 * step), 1, 1, 1])) == pytest.approx(
         beyond / float(torch.tensor([1.0, 1 + step, 2 - step, 1e-3]).norm()), rel=0.01
     )
 
