@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -161,21 +161,16 @@ def other_weights(times: Mapping[str, Times]) -> list[str]:
     lines = []
     for name, label in OTHER_TYPES.items():
         types, base = known[name], known[f"{name[:4]}_u4b8"]
-        cells = []
+        ours, u4b8, cells = times[name], times[base.name], []
         for m in AIMS:
-            products = [p for p in times[name] if p[0] == m and p in times[base.name]]
-
-            def mean(of: Callable[[Product], float], products: Sequence[Product] = products) -> float:
-                return geometric_mean(map(of, products))
-
-            ours, u4b8 = times[name], times[base.name]
-            over_floor = mean(lambda p, t=types, us=ours: us[p] / floor_us(t, p))  # type: ignore[misc]
-            its = mean(lambda p, t=base, us=u4b8: us[p] / floor_us(t, p))  # type: ignore[misc]
-            plain = mean(lambda p, a=ours, b=u4b8: a[p] / b[p])  # type: ignore[misc]
+            products = [p for p in ours if p[0] == m and p in u4b8]
+            over_floor = geometric_mean(ours[p] / floor_us(types, p) for p in products)
+            its = geometric_mean(u4b8[p] / floor_us(base, p) for p in products)
+            over_u4b8 = geometric_mean(ours[p] / u4b8[p] for p in products)
             if types.weight_bits == 8:
                 cells.append(f"{over_floor:.2f}" + (f" ({its:.2f})" if "(" in label else ""))
             else:
-                cells.append(f"{plain:.2f}" + (f" ({over_floor / its:.2f})" if m <= FEW else ""))
+                cells.append(f"{over_u4b8:.2f}" + (f" ({over_floor / its:.2f})" if m <= FEW else ""))
         lines.append(line(label, *cells))
     return lines
 
