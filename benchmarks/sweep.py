@@ -61,6 +61,11 @@ def kind_of(types: TypeConfig) -> WeightKind:
     return next(kind for kind in KINDS.values() if (kind.b_type.name, kind.zeros) == (types.b, zeros))
 
 
+def group_of(types: TypeConfig) -> int:
+    """The size of the groups that kernels of these types are swept with."""
+    return 32 if types.fine else 128
+
+
 def sweep(
     types: TypeConfig, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], group: int, rest: float
 ) -> Iterator[list[dict[str, Any]]]:
@@ -110,7 +115,7 @@ def main() -> None:
         "rows": [],
     }
     for types in options.types:
-        for rows in sweep(known[types], shapes, tokens, 32 if known[types].fine else 128, options.rest):
+        for rows in sweep(known[types], shapes, tokens, group_of(known[types]), options.rest):
             record["rows"] += rows
             options.out.write_text(as_lines(record))  # after every shape, so that an interrupted run is not lost
 

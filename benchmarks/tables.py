@@ -18,7 +18,9 @@ from build_kernels.catalogue import TYPES, typed_schedules
 from machete_aot.bench import Row, Timing
 from machete_aot.config import TypeConfig
 from machete_aot.plot import write_plot
-from machete_aot.timing import H100
+from machete_aot.timing import H100, floor_us
+
+from .sweep import group_of, kind_of
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = 8192, 8192  # N, K of the tables of one shape
@@ -31,7 +33,6 @@ SWEPT = (
     *("general-from-128", "fine-to-64", "fine-from-128"),
 )
 FEW = 64  # tokens up to which other weights are compared at equal bytes
-GROUP = {False: 128, True: 32}  # of the sweeps, by TypeConfig.fine
 OTHER_TYPES = {  # label in the table, and whether it shows u4b8's fraction too
     "bf16_u4_float": "bf16_u4_float",
     "bf16_u4_int": "bf16_u4_int",
@@ -147,12 +148,9 @@ def swept(folder: Path = RESULTS) -> dict[str, dict[Product, float]]:
     return found
 
 
-def floor_us(types: TypeConfig, product: Product) -> float:
-    """The floor of a product swept with these types: ``machete_aot.timing.floor_us`` with the kernels' zeros."""
-    m, n, k = product
-    scales = n * k / GROUP[types.fine] * (2 + types.zero_bytes)
-    moved = n * k * types.weight_bits / 8 + scales + 2 * (m * k + m * n)
-    return max(moved / H100.bytes_per_us, 2 * m * n * k / H100.flops_per_us)
+def swept_floor_us(types: TypeConfig, product: Product) -> float:
+    """The floor of a product as ``benchmarks.sweep`` times it with these types."""
+    return floor_us(*product, group_of(types), H100, kind_of(types))
 
 
 def other_weights(times: Mapping[str, Times]) -> list[str]:
@@ -164,8 +162,8 @@ def other_weights(times: Mapping[str, Times]) -> list[str]:
         ours, u4b8, cells = times[name], times[base.name], []
         for m in AIMS:
             products = [p for p in ours if p[0] == m and p in u4b8]
-            over_floor = geometric_mean(ours[p] / floor_us(types, p) for p in products)
-            its = geometric_mean(u4b8[p] / floor_us(base, p) for p in products)
+            over_floor = geometric_mean(ours[p] / swept_floor_us(types, p) for p in products)
+            its = geometric_mean(u4b8[p] / swept_floor_us(base, p) for p in products)
             over_u4b8 = geometric_mean(ours[p] / u4b8[p] for p in products)
             if types.weight_bits == 8:
                 cells.append(f"{over_floor:.2f}" + (f" ({its:.2f})" if "(" in label else ""))

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from build_kernels.catalogue import IMPLEMENTATIONS
+from build_kernels.catalogue import IMPLEMENTATIONS, typed_schedules
 from build_kernels.configs import ImplConfig
 
-RESULTS = Path(__file__).parent / "results"
+from .tables import RESULTS
+
 LEAST = 1.02
 Row = dict[str, Any]
 
@@ -35,23 +36,18 @@ def rows_of(paths: Iterable[Path]) -> list[Row]:
 def worth(rows: Sequence[Row], implementation: ImplConfig) -> dict[str, Worth]:
     """Of each schedule of a table, over the products of its types, beside every schedule that the catalogue has."""
     names = {types.name for types in implementation.types}
-    known = {t: known_schedules(t) for t in names}
+    known = {(types.name, schedule.name) for types, schedule in typed_schedules()}
     found = {schedule.name: Worth(0, "") for schedule in implementation.schedules}
     for row in rows:
         if row["types"] not in names:
             continue
-        times = {name: us for name, us in row["us"].items() if name in known[row["types"]]}
+        times = {name: us for name, us in row["us"].items() if (row["types"], name) in known}
         best = min(times, key=lambda name: times[name])
         others = [us for name, us in times.items() if name != best]
         if best in found and others:
             product = f"{row['types']} {row['n']} x {row['k']}, M = {row['m']}"
             found[best] = max(found[best], Worth(min(others) / times[best], product))
     return found
-
-
-def known_schedules(types: str) -> set[str]:
-    """The names of all schedules of these types, in every table."""
-    return {s.name for impl in IMPLEMENTATIONS for t, s in impl.typed_schedules if t.name == types}
 
 
 def kept_anyway(implementation: ImplConfig) -> set[str]:

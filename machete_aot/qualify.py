@@ -34,7 +34,7 @@ from .permute_abi import HELPER_ID
 from .prepack import A_DTYPES, prepack_b
 from .product import gemm
 from .qualify_permute import qualify_permute
-from .record import OUTPUTS, SCHEMA, TOLERANCE, BundleId, DeviceInfo, KernelResult, Record, ScheduleResult, tolerance
+from .record import LIMITS, OUTPUTS, SCHEMA, BundleId, DeviceInfo, KernelResult, Record, ScheduleResult
 from .rounded_error import rounded_error
 from .scalar_type import SCALAR_TYPES, scalar_type
 
@@ -144,7 +144,7 @@ def qualify(bundle: Bundle, *, progress: Callable[[int, int, str], None] | None 
         device=_device_info(index),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         seed=seed,
-        tolerance=TOLERANCE,
+        tolerance=LIMITS,
         kernels=kernels,
         helpers=helpers,
     ).as_json()
@@ -217,7 +217,7 @@ def _run_all(bundle: Bundle, seed: int, progress: Callable[[int, int, str], None
 
 def _run_schedule(data: _Data, schedule: str, cases: Sequence[Case]) -> ScheduleResult:
     worst: dict[str, float] = {}
-    worst_share, worst_case = -1.0, cases[0]
+    largest, worst_case = -1.0, cases[0]
     deterministic = guards_intact = True
     failures = []
     for case in cases:
@@ -230,9 +230,8 @@ def _run_schedule(data: _Data, schedule: str, cases: Sequence[Case]) -> Schedule
         guards_intact &= outcome.guards_intact
         value = math.inf if outcome.error is None else outcome.error
         worst[case.out] = max(worst.get(case.out, 0.0), value)
-        share = value / tolerance(data.types.a, case.out)
-        if share > worst_share:
-            worst_share, worst_case = share, case
+        if value > largest:
+            largest, worst_case = value, case
     return ScheduleResult(
         worst_errors={out: worst[out] if worst[out] < math.inf else None for out in OUTPUTS if out in worst},
         worst_case=str(worst_case),
