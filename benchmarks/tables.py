@@ -63,6 +63,11 @@ def times_of(run: Run) -> dict[Product, float]:
     return {(row["m"], row["n"], row["k"]): row["us"] for row in run["rows"]}
 
 
+def over_cublas(run: Run) -> dict[Product, float]:
+    """Our time over cuBLAS's by product."""
+    return {(row["m"], row["n"], row["k"]): row["us"] / row["cublas_us"] for row in run["rows"]}
+
+
 def one_shape(run: Run) -> list[str]:
     """Of each M at SHAPE: our time, the schedule, the floor, cuBLAS, the best peer, and its time over ours."""
     return [
@@ -98,9 +103,12 @@ def ratio(over: Times, under: Times, m: int) -> str:
 
 
 def means(run: Run, fp16: Run, group_64: Run, one_group: Run) -> list[str]:
-    """Of each M, over all shapes: speed-up, aim, worst shape, time over floor, fp16, and other groups' time / 128's."""
+    """Of each M, over all shapes: speed-up, aim, worst shape, time over floor, fp16, and other groups' time / 128's.
+
+    These were timed in other runs, on another card perhaps: each is taken over cuBLAS in its own.
+    """
     other = {mean["m"]: mean["speedup"] for mean in fp16["means"]}
-    ours, small, one = map(times_of, (run, group_64, one_group))
+    ours, small, one = map(over_cublas, (run, group_64, one_group))
     return [
         line(
             *(m := mean["m"], f"{mean['speedup']:.2f}", f"{AIMS[m]:.2f}", f"{mean['worst']:.2f}"),

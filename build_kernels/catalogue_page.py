@@ -144,7 +144,7 @@ def _totals(bundle: Bundle) -> str:
     rows = [
         ("frames", f"{sum(k.frame.length for k in manifest.compiled):,}"),
         ("cubins", f"{sum(k.cubin.size for k in manifest.compiled):,}"),
-        ("dictionary", f"{manifest.dictionary.length:,}"),
+        ("dictionaries", f"{sum(d.length for d in manifest.dictionaries):,}"),
         ("bundle", f"{bundle.size:,}"),
     ]
     return "## Totals\n" + _table(("", "bytes"), rows)

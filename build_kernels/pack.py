@@ -14,7 +14,7 @@ import zstandard
 
 from machete_aot import abi
 from machete_aot.archive import data_offset, write_archive
-from machete_aot.bundle import DICTIONARY_NAME, MANIFEST_NAME, frame_name
+from machete_aot.bundle import MANIFEST_NAME, dictionary_name, frame_name
 from machete_aot.config import ScheduleConfig, TypeConfig
 from machete_aot.manifest import (
     AbiInfo,
@@ -43,7 +43,7 @@ NAME = "machete-aot"
 COMPUTE_CAPABILITY = (9, 0)
 MIN_DRIVER = 12000  # driver 525: the first that loads any cubin of ptxas 12.x, and that has cuLibraryLoadData
 LEVEL = 19
-DICTIONARY_CUBINS = 48  # the more, the smaller the bundle, and the longer the first kernel takes to load
+DICTIONARY_CUBINS = 24  # the more, the smaller the bundle, and the longer a family's first kernel takes to load
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,14 @@ def write_bundle(
     """The bundle's bytes and its manifest's, which are the last entry of the bundle."""
     products = sorted(products, key=lambda p: p.kernel.id)
     helpers = sorted(helpers, key=lambda h: h.helper.id)
-    raw = build_dictionary({p.kernel.id: p.cubin for p in products})
-    files = [(DICTIONARY_NAME, _compressor(None).compress(raw))]
-    # one for all frames: it takes a second to index the dictionary, and a frame 40 ms
-    compressor = _compressor(zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT))
-    files += [(frame_name(p.kernel.id), compressor.compress(p.cubin)) for p in products]
-    files += [(frame_name(h.helper.id), compressor.compress(h.cubin)) for h in helpers]
-    spans = _spans(files)
+    raw = {family: build_dictionary(cubins) for family, cubins in _by_family(products).items()}
+    # one for all frames of a family: it takes a second to index a dictionary, and a frame 40 ms
+    compressors = {family: _compressor(content) for family, content in raw.items()}
+    alone = _compressor(None)
+    files = [(dictionary_name(family), alone.compress(content)) for family, content in raw.items()]
+    files += [(frame_name(p.kernel.id), compressors[p.kernel.tile.family].compress(p.cubin)) for p in products]
+    files += [(frame_name(h.helper.id), alone.compress(h.cubin)) for h in helpers]
+    spans = dict(zip((name for name, _ in files), _spans(files), strict=True))
     manifest = Manifest(
         schema=SCHEMA,
         bundle=BundleInfo(NAME, release.version, release.arch),
@@ -97,11 +98,11 @@ def write_bundle(
         toolchain=release.toolchain,
         provenance=Provenance(release.source_digest),
         compat=Compat(COMPUTE_CAPABILITY, MIN_DRIVER, ELF_ABI),
-        dictionary=DictionaryInfo(
-            spans[0].offset, spans[0].length, spans[0].sha256, raw_size=len(raw), raw_sha256=_sha256(raw)
+        dictionaries=tuple(
+            _dictionary(family, content, spans[dictionary_name(family)]) for family, content in raw.items()
         ),
-        kernels=tuple(_kernel(p, span) for p, span in zip(products, spans[1 : 1 + len(products)], strict=True)),
-        helpers=tuple(_helper(h, span) for h, span in zip(helpers, spans[1 + len(products) :], strict=True)),
+        kernels=tuple(_kernel(p, spans[frame_name(p.kernel.id)]) for p in products),
+        helpers=tuple(_helper(h, spans[frame_name(h.helper.id)]) for h in helpers),
         schedules=_schedules(served(products, release.served)),
         heuristic=release.heuristic,
     )
@@ -110,10 +111,18 @@ def write_bundle(
 
 
 def build_dictionary(cubins: Mapping[str, bytes]) -> bytes:
-    """Raw content of a few cubins for all others to refer to: evenly spaced by id, so that all families take part."""
-    ids = sorted(cubins)
+    """Raw content of a few cubins for all others to refer to: evenly spaced by size, so that all tiles take part."""
+    ids = sorted(cubins, key=lambda i: (len(cubins[i]), i))
     count = min(DICTIONARY_CUBINS, len(ids))
     return b"".join(cubins[ids[(2 * i + 1) * len(ids) // (2 * count)]] for i in range(count))
+
+
+def _by_family(products: Sequence[Product]) -> dict[str, dict[str, bytes]]:
+    """The cubins of each family by their kernels' ids, families in the order of their names."""
+    found: dict[str, dict[str, bytes]] = {}
+    for p in sorted(products, key=lambda p: p.kernel.tile.family):
+        found.setdefault(p.kernel.tile.family, {})[p.kernel.id] = p.cubin
+    return found
 
 
 def served(
@@ -129,6 +138,10 @@ def _schedules(served: Sequence[tuple[TypeConfig, ScheduleConfig]]) -> tuple[Sch
     for types, schedule in served:
         names.setdefault(schedule, []).append(types.name)
     return tuple(ScheduleInfo(s.name, s.tile.name, s.split, s.even_ctas, tuple(found)) for s, found in names.items())
+
+
+def _dictionary(family: str, raw: bytes, frame: FrameInfo) -> DictionaryInfo:
+    return DictionaryInfo(family, frame.offset, frame.length, frame.sha256, len(raw), _sha256(raw))
 
 
 def _kernel(product: Product, frame: FrameInfo) -> KernelInfo:
@@ -177,7 +190,8 @@ def _spans(files: Sequence[tuple[str, bytes]]) -> list[FrameInfo]:
     return spans
 
 
-def _compressor(dictionary: zstandard.ZstdCompressionDict | None) -> zstandard.ZstdCompressor:
+def _compressor(raw: bytes | None) -> zstandard.ZstdCompressor:
+    dictionary = None if raw is None else zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     return zstandard.ZstdCompressor(
         level=LEVEL, dict_data=dictionary, write_content_size=True, write_checksum=False, write_dict_id=False
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a first product needs whatever its size, done when weights are made for it on a GPU: while they are loaded.
 
-That is the bundle, its dictionary, the kernels and costs of the weights' types, the driver and the loader. Nothing here
-fails: what goes wrong is met again by the product, whose error it is.
+That is the bundle, its dictionaries, the kernels and costs of the weights' types, the driver and the loader. Nothing
+here fails: what goes wrong is met again by the product, whose error it is.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def _prepare(index: int, b_name: str, a: str) -> None:
     if not fetch.default_is_at_hand():
         return
     bundle = fetch.default_bundle()
-    _ = bundle.dictionary
+    for dictionary in bundle.manifest.dictionaries:
+        _ = bundle.dictionary(dictionary)
     device = driver.device(index)
     _ = device.context
     loader.active()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a bundle: each digest is checked before what it protects is parsed.
 
-The chain: the trusted sha256 of manifest.json, which pins the dictionary and every frame, and each cubin. Where the
+The chain: the trusted sha256 of manifest.json, which pins dictionaries, frames and cubins. Where the
 bytes come from is another object's job (``BundleData``); whatever it returns is hashed, and what was hashed is used.
 """
 
@@ -11,7 +11,6 @@ import hashlib
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -30,13 +29,17 @@ from .errors import (
     UntrustedError,
 )
 from .layout import LAYOUTS
-from .manifest import HelperInfo, KernelInfo, Manifest, parse_manifest
+from .manifest import DictionaryInfo, FrameInfo, HelperInfo, KernelInfo, Manifest, parse_manifest
 from .manifest_rules import MAX_BUNDLE_BYTES
 from .pinned import parse_pinned
 
 MANIFEST_NAME = "manifest.json"
-DICTIONARY_NAME = "dictionary"
 _PARSED_MANIFESTS = 8
+
+
+def dictionary_name(family: str) -> str:
+    """The name of the dictionary of a family in the bundle."""
+    return f"dictionaries/{family}"
 
 
 def frame_name(kernel_id: str) -> str:
@@ -103,6 +106,7 @@ class Bundle:
         self.origin = origin
         self.signature: bytes | None = None
         self.trace: tuple[str, ...] = ()
+        self._dictionaries: dict[str, zstandard.ZstdCompressionDict] = {}
 
     def __repr__(self) -> str:
         info = self.manifest.bundle
@@ -124,10 +128,9 @@ class Bundle:
         content = self._data.whole()
         if content is None:
             self.fetch()
+            dictionaries = [(dictionary_name(d.family), self._dictionary_frame(d)) for d in self.manifest.dictionaries]
             frames = [(frame_name(k.id), self._frame(k)) for k in self.manifest.compiled]
-            content = write_archive(
-                [(DICTIONARY_NAME, self._dictionary_frame()), *frames, (MANIFEST_NAME, self.manifest_bytes)]
-            )
+            content = write_archive([*dictionaries, *frames, (MANIFEST_NAME, self.manifest_bytes)])
         for problem in Bundle(MemoryData(content), self.manifest, self.manifest_bytes, self.origin).verify():
             raise problem
         return content
@@ -139,7 +142,9 @@ class Bundle:
         """
         kernel = self.manifest.named(kernel_id)
         frame = self._frame(kernel)
-        cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", self.dictionary)
+        shared = self.manifest.dictionary_of(kernel)
+        dictionary = None if shared is None else self.dictionary(shared)
+        cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", dictionary)
         _check_digest(cubin, kernel.cubin.sha256, f"the cubin of kernel {kernel_id}")
         return cubin
 
@@ -149,38 +154,43 @@ class Bundle:
         Of a bundle that is not all here it fetches and checks every frame.
         """
         problems: list[BundleError] = []
-        try:
-            _check_digest(self._raw_dictionary(), self.manifest.dictionary.raw_sha256, "the dictionary")
-        except BundleError as e:
-            problems.append(e)
-        dictionary_ok = not problems
+        damaged = set()
+        for shared in self.manifest.dictionaries:
+            try:
+                _check_digest(self._raw_dictionary(shared), shared.raw_sha256, f"the dictionary {shared.family!r}")
+            except BundleError as e:
+                problems.append(e)
+                damaged.add(shared)
         for kernel in self.manifest.compiled:
             try:
-                if dictionary_ok:
-                    self.cubin(kernel.id)
-                else:
+                if self.manifest.dictionary_of(kernel) in damaged:
                     self._frame(kernel)
+                else:
+                    self.cubin(kernel.id)
             except BundleError as e:
                 problems.append(e)
         whole = self._data.whole()
         return problems if whole is None else problems + structure_problems(self.manifest, whole)
 
-    @cached_property
-    def dictionary(self) -> zstandard.ZstdCompressionDict:
-        """What all cubins are compressed with, from its checked frame. Raises as ``cubin`` does.
+    def dictionary(self, info: DictionaryInfo) -> zstandard.ZstdCompressionDict:
+        """What the cubins of a family are compressed with, from its checked frame. Raises as ``cubin`` does.
 
         The digest of its content is left to ``verify``: the frame's fixes these bytes, whatever is decompressed with
-        them has its own, and hashing them would be a quarter of a process's first product.
+        them has its own, and hashing them would take a good part of a process's first product.
         """
-        return zstandard.ZstdCompressionDict(self._raw_dictionary(), dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+        found = self._dictionaries.get(info.family)
+        if found is None:
+            raw = self._raw_dictionary(info)
+            found = zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+            self._dictionaries[info.family] = found
+        return found
 
-    def _raw_dictionary(self) -> bytes:
-        return _decompress(self._dictionary_frame(), self.manifest.dictionary.raw_size, "the dictionary's frame", None)
+    def _raw_dictionary(self, info: DictionaryInfo) -> bytes:
+        return _decompress(self._dictionary_frame(info), info.raw_size, f"the dictionary {info.family!r}", None)
 
-    def _dictionary_frame(self) -> bytes:
-        info = self.manifest.dictionary
+    def _dictionary_frame(self, info: DictionaryInfo) -> bytes:
         frame = self._data.read(info.offset, info.length)
-        _check_digest(frame, info.sha256, "the dictionary's frame")
+        _check_digest(frame, info.sha256, f"the frame of the dictionary {info.family!r}")
         return frame
 
     def _frame(self, kernel: KernelInfo | HelperInfo) -> bytes:
@@ -190,13 +200,15 @@ class Bundle:
 
 
 def frame_digests(manifest: Manifest, kernel_ids: Iterable[str] | None = None) -> dict[tuple[int, int], str]:
-    """The (offset, length) and sha256 of the frames of the dictionary and of these kernels and helpers (None: all).
+    """The (offset, length) and sha256 of the frames of these kernels and helpers (None: all) and their dictionaries.
 
     Raises MissingError for an id that the manifest lacks.
     """
     kernels = manifest.compiled if kernel_ids is None else [manifest.named(i) for i in kernel_ids]
-    frames = {(manifest.dictionary.offset, manifest.dictionary.length): manifest.dictionary.sha256}
-    return {**frames, **{(k.frame.offset, k.frame.length): k.frame.sha256 for k in kernels}}
+    needed = {manifest.dictionary_of(k) for k in kernels}
+    frames: list[DictionaryInfo | FrameInfo] = [d for d in manifest.dictionaries if d in needed]
+    frames += [k.frame for k in kernels]
+    return {(frame.offset, frame.length): frame.sha256 for frame in frames}
 
 
 def structure_problems(manifest: Manifest, content: bytes) -> list[BundleError]:
@@ -215,9 +227,8 @@ def bundle_size(manifest: Manifest, manifest_size: int) -> int:
 
 def _frames(manifest: Manifest) -> list[tuple[str, int, int]]:
     """Name, offset and size of all that precedes the manifest in the file."""
-    m = manifest
-    dictionary = (DICTIONARY_NAME, m.dictionary.offset, m.dictionary.length)
-    return [dictionary, *((frame_name(k.id), k.frame.offset, k.frame.length) for k in m.compiled)]
+    dictionaries = [(dictionary_name(d.family), d.offset, d.length) for d in manifest.dictionaries]
+    return [*dictionaries, *((frame_name(k.id), k.frame.offset, k.frame.length) for k in manifest.compiled)]
 
 
 def open_bundle(source: str | PathLike[str] | bytes, *, manifest_sha256: str | Collection[str]) -> Bundle:

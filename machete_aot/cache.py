@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .bundle import open_bundle, read_at_most
+from .bundle import frame_digests, open_bundle, read_at_most
 from .errors import ArgumentError, BundleError, CacheError, CorruptError
 from .manifest import parse_manifest
 from .manifest_rules import MAX_BUNDLE_BYTES
@@ -52,7 +52,7 @@ def bundle_name(manifest_sha256: str) -> str:
 
 
 def frame_name(sha256: str) -> str:
-    """The cache's name of one frame of a bundle, or of its dictionary's."""
+    """The cache's name of one frame of a bundle, or of a dictionary's."""
     return f"frame-{sha256}.zst"
 
 
@@ -229,7 +229,7 @@ class Cache:
             manifest = parse_manifest(raw) if raw is not None else None
         except BundleError:  # of another schema: its frames are not known, and are fetched again
             manifest = None
-        return [manifest.dictionary.sha256, *(k.frame.sha256 for k in manifest.compiled)] if manifest else []
+        return list(frame_digests(manifest).values()) if manifest else []
 
     def _remove(self, names: Iterator[str]) -> list[str]:
         removed = []

@@ -74,8 +74,9 @@ class Compat:
 
 @dataclass(frozen=True)
 class DictionaryInfo:
-    """The shared dictionary: where its zstd frame lies in the bundle, and what it decompresses to."""
+    """What the kernels of a family share: where its zstd frame lies in the bundle, and what it decompresses to."""
 
+    family: str
     offset: int
     length: int
     sha256: str
@@ -193,7 +194,7 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A valid manifest of schema 4. Only ``parse_manifest``, ``parse_pinned`` and the bundle's writer make one.
+    """A valid manifest of schema 5. Only ``parse_manifest``, ``parse_pinned`` and the bundle's writer make one.
 
     ``_parts``: of one that is decoded as far as it is asked, whose fields are set when they are first read.
     """
@@ -205,7 +206,7 @@ class Manifest:
     toolchain: Toolchain
     provenance: Provenance
     compat: Compat
-    dictionary: DictionaryInfo
+    dictionaries: tuple[DictionaryInfo, ...]
     kernels: tuple[KernelInfo, ...]
     helpers: tuple[HelperInfo, ...]
     schedules: tuple[ScheduleInfo, ...]
@@ -287,6 +288,12 @@ class Manifest:
                 if helper.id == compiled_id:
                     return helper
         return self.kernel(compiled_id)
+
+    def dictionary_of(self, compiled: KernelInfo | HelperInfo) -> DictionaryInfo | None:
+        """The dictionary that this kernel's frame needs; None: a helper's, which needs none."""
+        if isinstance(compiled, HelperInfo):
+            return None
+        return next(d for d in self.dictionaries if d.family == compiled.tile.family)
 
     def schedule(self, name: str) -> ScheduleInfo:
         """The schedule of that name. Raises MissingError."""

@@ -16,7 +16,7 @@ from .scalar_type import SCALAR_TYPES
 if TYPE_CHECKING:
     from .manifest import HelperInfo, KernelInfo, Manifest, Measured, ScheduleInfo
 
-SCHEMA = 4
+SCHEMA = 5
 SYMBOL_PREFIX = "machete_"
 TYPES_END = "__"  # in a kernel's id, between types and tile; no helper's id has it
 
@@ -83,9 +83,14 @@ def _header_violations(m: Manifest) -> Iterator[str]:
         yield "provenance.source_digest: not a sha256 hex digest"
     if not m.kernels:
         yield "kernels: empty"
-    d = m.dictionary
-    yield from (f"dictionary: {p}" for p in _span_violations(d.offset, d.length, d.sha256))
-    yield from (f"dictionary: {p}" for p in _content_violations(d.raw_size, d.raw_sha256, MAX_DICTIONARY_BYTES))
+    for d in m.dictionaries:
+        where = f"dictionary {d.family[:80]!r}"
+        yield from (f"{where}: {p}" for p in _span_violations(d.offset, d.length, d.sha256))
+        yield from (f"{where}: {p}" for p in _content_violations(d.raw_size, d.raw_sha256, MAX_DICTIONARY_BYTES))
+    yield from _repeated("dictionary", (d.family for d in m.dictionaries))
+    families = {k.tile.family for k in m.kernels}
+    if {d.family for d in m.dictionaries} != families:
+        yield f"dictionaries: not one for each family of the kernels, {', '.join(sorted(families))[:80]}"
     end = 0
     for offset, size in m.abi.parameters:
         if not (end <= offset and size > 0 and offset + size <= 4096):
@@ -241,7 +246,7 @@ def _repeated(what: str, names: Iterable[str]) -> Iterator[str]:
 
 
 def _overlaps(m: Manifest) -> Iterator[str]:
-    spans = [(m.dictionary.offset, m.dictionary.length, "the dictionary")]
+    spans = [(d.offset, d.length, f"the dictionary {d.family!r}") for d in m.dictionaries]
     spans += [(k.frame.offset, k.frame.length, f"the frame of {k.id!r}") for k in m.compiled]
     spans.sort()
     for (offset, length, first), (start, _, second) in itertools.pairwise(spans):

@@ -95,7 +95,7 @@ class Request:
         return bundle
 
     def spans(self, manifest: Manifest) -> list[Span]:
-        """Offset and length of what is wanted of the bundle's file: its dictionary and the frames of kernels.
+        """Offset and length of what is wanted of the bundle's file: the frames of kernels and their dictionaries.
 
         The helpers, which are small, belong to any choice of kernels.
         """

@@ -61,7 +61,7 @@ def test_any_zip_tool_reads_it() -> None:
     with zipfile.ZipFile(io.BytesIO(DATA)) as archive:
         assert archive.testzip() is None
         kernels = [f"frames/{k.id}" for k in MANIFEST.kernels]
-        assert archive.namelist() == ["dictionary", *kernels, "manifest.json"]
+        assert archive.namelist() == ["dictionaries/flat", "dictionaries/stream", *kernels, "manifest.json"]
         assert archive.read("manifest.json") == TEXT
         assert {(i.compress_type, i.date_time) for i in archive.infolist()} == {(0, (1980, 1, 1, 0, 0, 0))}
         for kernel in MANIFEST.kernels:
@@ -79,8 +79,9 @@ def covers(start: int, length: int) -> range:
 
 
 def test_each_flipped_byte_is_detected_and_has_the_right_type() -> None:
-    dictionary = covers(MANIFEST.dictionary.offset, MANIFEST.dictionary.length)
     frames = {k.id: covers(k.frame.offset, k.frame.length) for k in MANIFEST.kernels}
+    dictionaries = {k.id: covers(d.offset, d.length) for k in MANIFEST.kernels if (d := MANIFEST.dictionary_of(k))}
+    assert len(set(dictionaries.values())) == 2
     header = len(END.local_header)
     last_record = len(DATA) - len(END.central_header) - 22  # the end record has 22 bytes
     needed = {*covers(END.offset - header, header + END.size), *range(last_record, len(DATA))}  # by opening
@@ -95,7 +96,7 @@ def test_each_flipped_byte_is_detected_and_has_the_right_type() -> None:
         assert all(isinstance(p, CorruptError) for p in bundle.verify()), bundle.verify()
         assert at not in needed, at
         for name, frame in frames.items():
-            if at in dictionary or at in frame:
+            if at in dictionaries[name] or at in frame:
                 with pytest.raises(CorruptError):
                     bundle.cubin(name)
             else:
@@ -105,7 +106,8 @@ def test_each_flipped_byte_is_detected_and_has_the_right_type() -> None:
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
 def test_each_byte_of_headers_and_ends_is_detected_whatever_the_flip(mask: int) -> None:
     contents = {i for k in MANIFEST.kernels for i in covers(k.frame.offset, k.frame.length)}
-    contents |= {*covers(MANIFEST.dictionary.offset, MANIFEST.dictionary.length), *covers(END.offset, END.size)}
+    contents |= {i for d in MANIFEST.dictionaries for i in covers(d.offset, d.length)}
+    contents |= {*covers(END.offset, END.size)}
     for at in sorted(set(range(len(DATA))) - contents):
         try:
             problems = opened(flipped(at, mask)).verify()
@@ -157,7 +159,7 @@ def test_the_manifest_is_trusted_before_it_is_parsed(monkeypatch: pytest.MonkeyP
 
 def test_a_frame_is_checked_before_it_is_decompressed(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = opened(flipped(MANIFEST.kernels[0].frame.offset + 5))
-    assert bundle.cubin(MANIFEST.kernels[1].id)  # decompresses the dictionary
+    assert bundle.cubin(MANIFEST.kernels[2].id)  # decompresses the dictionary
 
     def decompress(*_: object) -> bytes:
         raise AssertionError("decompressed before its digest was checked")
@@ -231,22 +233,38 @@ def test_a_crc_that_is_wrong_in_both_headers_is_found() -> None:
 
 
 def test_a_dictionary_of_other_content_is_corrupt() -> None:
-    other = dataclasses.replace(MANIFEST.dictionary, raw_sha256="0" * 64)
-    data, digest = rewritten(dataclasses.replace(MANIFEST, dictionary=other))
+    first = MANIFEST.dictionaries[0]
+    others = dataclasses.replace(first, raw_sha256="0" * 64), *MANIFEST.dictionaries[1:]
+    data, digest = rewritten(dataclasses.replace(MANIFEST, dictionaries=others))
     bundle = open_bundle(data, manifest_sha256=digest)
     (problem,) = bundle.verify()
     assert isinstance(problem, CorruptError)
-    assert (problem.have, problem.want) == (MANIFEST.dictionary.raw_sha256, "0" * 64)
-    assert bundle.cubin(MANIFEST.kernels[0].id)  # whose own digest is right
+    assert (problem.have, problem.want) == (first.raw_sha256, "0" * 64)
+    assert all(bundle.cubin(k.id) for k in MANIFEST.kernels)  # whose own digests are right
+
+
+def test_a_kernel_needs_the_dictionary_of_its_family_alone() -> None:
+    flat, stream = MANIFEST.dictionaries
+    assert (flat.family, stream.family) == ("flat", "stream")
+    bundle = opened(flipped(flat.offset + 3))
+    for kernel in MANIFEST.kernels:
+        if kernel.tile.family == "stream":
+            assert bundle.cubin(kernel.id)
+        else:
+            with pytest.raises(CorruptError, match="dictionary 'flat'"):
+                bundle.cubin(kernel.id)
+    damaged, crc = map(str, bundle.verify())
+    assert "dictionary 'flat'" in damaged and "crc32" in crc
 
 
 def test_verify_lists_all_problems() -> None:
     damaged = bytearray(DATA)
     for kernel in MANIFEST.kernels[:2]:
         damaged[kernel.frame.offset + 3] ^= 1
-    damaged[MANIFEST.dictionary.offset + 3] ^= 1
+    for dictionary in MANIFEST.dictionaries:
+        damaged[dictionary.offset + 3] ^= 1
     text = "\n".join(map(str, opened(bytes(damaged)).verify()))
-    for what in ("the dictionary's frame", *(k.id for k in MANIFEST.kernels[:2])):
+    for what in ("the dictionary 'flat'", "the dictionary 'stream'", *(k.id for k in MANIFEST.kernels[:2])):
         assert what in text
     assert MANIFEST.kernels[2].id not in text
 
@@ -268,7 +286,7 @@ def test_incompatible_bundles_say_why() -> None:
 
 
 def test_newer_schemas_and_invalid_manifests() -> None:
-    data, digest = rewritten(json.dumps({"schema": 5}).encode())
+    data, digest = rewritten(json.dumps({"schema": SCHEMA + 1}).encode())
     with pytest.raises(SchemaTooNewError):
         open_bundle(data, manifest_sha256=digest)
     data, digest = rewritten(json.dumps({"schema": SCHEMA - 1}).encode())
@@ -321,7 +339,8 @@ def test_a_bundle_can_be_put_together_from_its_frames() -> None:
     assert sorted(data.reads) == sorted(frame_digests(MANIFEST))
     assert bundle.verify() == [] and bundle.manifest_bytes == TEXT
     kernel = MANIFEST.kernels[1]
-    assert set(frame_digests(MANIFEST, [kernel.id]).values()) == {MANIFEST.dictionary.sha256, kernel.frame.sha256}
+    shared = MANIFEST.dictionary_of(kernel)
+    assert shared and list(frame_digests(MANIFEST, [kernel.id]).values()) == [shared.sha256, kernel.frame.sha256]
 
 
 def test_a_damaged_bundle_is_not_copied() -> None:

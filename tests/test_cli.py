@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from machete_aot import cli, download, errors
 from machete_aot.archive import last_entry, write_archive
-from machete_aot.bundle import DICTIONARY_NAME, MANIFEST_NAME, Bundle, frame_name
+from machete_aot.bundle import MANIFEST_NAME, Bundle, dictionary_name, frame_name
 from machete_aot.fetch import fetch_bundle, use_bundle
 from machete_aot.manifest import dump_manifest
 from machete_aot.part import H100
@@ -70,8 +70,9 @@ def flip(path: Path, offset: int) -> None:
 def rewrite(path: Path, bundle: Bundle, manifest: bytes) -> str:
     """Writes an intact bundle with another manifest; returns the manifest's digest."""
     data, spans = path.read_bytes(), bundle.manifest
-    parts = [(DICTIONARY_NAME, spans.dictionary), *((frame_name(k.id), k.frame) for k in spans.compiled)]
-    files = [(name, data[s.offset : s.offset + s.length]) for name, s in parts]
+    parts = {dictionary_name(d.family): (d.offset, d.length) for d in spans.dictionaries}
+    parts |= {frame_name(k.id): (k.frame.offset, k.frame.length) for k in spans.compiled}
+    files = [(name, data[offset : offset + length]) for name, (offset, length) in parts.items()]
     path.write_bytes(write_archive([*files, (MANIFEST_NAME, manifest)]))
     return hashlib.sha256(manifest).hexdigest()
 
@@ -97,7 +98,7 @@ def in_frame(b: Bundle) -> int:
 
 
 def in_dictionary(b: Bundle) -> int:
-    return b.manifest.dictionary.offset
+    return b.manifest.dictionaries[0].offset
 
 
 def in_first_header(b: Bundle) -> int:

@@ -114,8 +114,10 @@ def test_it_trusts_nothing_else(program: Path, bundle: Bundle) -> None:
     done = run(program, data, "0" * 64)
     assert done.returncode == 1
     assert f"SHA-256 is {bundle.manifest_sha256}, trusted: {'0' * 64}" in done.stderr
-    used = {"the dictionary": bundle.manifest.dictionary.offset}
-    used["the kernel"] = bundle.manifest.kernel(f"bf16_u4b8__{NARROW.name}").frame.offset
+    kernel = bundle.manifest.kernel(f"bf16_u4b8__{NARROW.name}")
+    dictionary = bundle.manifest.dictionary_of(kernel)
+    assert dictionary
+    used = {"the dictionary": dictionary.offset, "the kernel": kernel.frame.offset}
     for what, place in used.items():
         wrong = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
         done = run(program, wrong, bundle.manifest_sha256)

@@ -55,7 +55,8 @@ def test_it_lies_behind_the_kernels() -> None:
     with zipfile.ZipFile(io.BytesIO(DATA)) as archive:
         names = archive.namelist()
     assert names == [
-        "dictionary",
+        "dictionaries/flat",
+        "dictionaries/stream",
         *(f"frames/{k.id}" for k in MANIFEST.kernels),
         f"frames/{HELPER.id}",
         "manifest.json",
@@ -99,8 +100,9 @@ def test_it_belongs_to_any_choice_of_kernels(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     for only, kernels in ((None, MANIFEST.kernels), ([TYPES[0].name], MANIFEST.kernels_for(TYPES[0]))):
         request = Request("sm90a", None, (), Trust((), ()), cache, only)
-        wanted = [MANIFEST.dictionary, *(k.frame for k in kernels), INFO.frame]
-        assert sorted(request.spans(MANIFEST)) == sorted((f.offset, f.length) for f in wanted)
+        wanted = [(d.offset, d.length) for d in MANIFEST.dictionaries]
+        wanted += [(f.offset, f.length) for f in (*(k.frame for k in kernels), INFO.frame)]
+        assert sorted(request.spans(MANIFEST)) == sorted(wanted)
 
 
 def test_the_cache_keeps_its_frame_with_the_bundle(tmp_path: Path) -> None:

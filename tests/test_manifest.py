@@ -47,7 +47,7 @@ def test_canonical_form() -> None:
 def test_every_field_of_the_contract_is_there() -> None:
     assert set(DOCUMENT) == {
         *("schema", "bundle", "abi", "layouts", "toolchain", "provenance", "compat"),
-        *("dictionary", "kernels", "helpers", "schedules", "heuristic"),
+        *("dictionaries", "kernels", "helpers", "schedules", "heuristic"),
     }
     assert DOCUMENT["abi"] == {"version": 6, "parameters": [[0, 384], [384, 136]]}
     assert DOCUMENT["compat"] == {"compute_capability": [9, 0], "min_driver": 12000, "elf_abi": 7}
@@ -85,15 +85,15 @@ def test_lookups_of_what_is_not_there() -> None:
 def test_a_newer_schema_is_told_from_a_damaged_manifest() -> None:
     with pytest.raises(SchemaTooNewError) as caught:
         parse_manifest(json.dumps({"schema": SCHEMA + 1, "unheard": "of"}).encode())
-    assert (caught.value.have, caught.value.want) == (SCHEMA + 1, SCHEMA) == (5, 4)
+    assert (caught.value.have, caught.value.want) == (SCHEMA + 1, SCHEMA) == (6, 5)
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 def test_an_older_schema_is_told_from_a_damaged_manifest(schema: int) -> None:
     """Its other fields are those of that schema, and say nothing about damage."""
     with pytest.raises(IncompatibleError, match=f"schema {schema}, from an older version of machete-aot") as caught:
         parse_manifest(json.dumps({"schema": schema, "heard": "of"}).encode())
-    assert caught.value.problems == (f"schema: {schema} is not 4",)
+    assert caught.value.problems == (f"schema: {schema} is not 5",)
 
 
 def test_types_may_share_a_tile_and_divide_k_otherwise() -> None:
@@ -140,6 +140,10 @@ def nested(part: str, **changes: Any) -> Callable[[Any], None]:
 
 def section(name: str, **changes: Any) -> Callable[[Any], None]:
     return lambda document: document[name].update(changes)
+
+
+def dictionary(**changes: Any) -> Callable[[Any], None]:
+    return lambda document: document["dictionaries"][0].update(changes)
 
 
 def table(**changes: Any) -> Callable[[Any], None]:
@@ -210,8 +214,11 @@ def swap_frames(document: Any) -> None:
         (nested("cubin", size=0), "cubin: size 0"),
         (nested("cubin", size=2**30), "cubin: size"),
         (swap_frames, "overlap"),
-        (section("dictionary", raw_size=2**40), "dictionary: size"),
-        (section("dictionary", offset=0, length=10**6), "overlap"),
+        (dictionary(raw_size=2**40), "dictionary 'flat': size"),
+        (dictionary(offset=0, length=10**6), "overlap"),
+        (dictionary(family="stream"), "dictionary 'stream' occurs twice"),
+        (dictionary(family="other"), "not one for each family of the kernels, flat, stream"),
+        (lambda d: d["dictionaries"].pop(), "not one for each family of the kernels"),
         (section("bundle", version="0 1"), "bundle.version"),
         (section("provenance", source_digest=""), "source_digest"),
         (section("abi", parameters=[[0, 128], [100, 136]]), "abi.parameters"),

@@ -29,14 +29,16 @@ class Bundle {
     const std::string_view text = std::string_view(data_).substr(directory - size, size);
     if (sha256(text) != trusted) fail("the manifest's SHA-256 is " + sha256(text) + ", trusted: " + trusted);
     manifest = JsonReader::read(text);
-    if (manifest["schema"].integer() != 4) fail("this program reads manifests of schema 4");
-    const Json& shared = manifest["dictionary"];
-    dictionary_ = content(shared, shared["raw_size"].integer(), shared["raw_sha256"].text, {});
+    if (manifest["schema"].integer() != 5) fail("this program reads manifests of schema 5");
   }
 
   // The cubin of a kernel of the manifest.
   std::string cubin(const Json& kernel) const {
-    return content(kernel["frame"], kernel["cubin"]["size"].integer(), kernel["cubin"]["sha256"].text, dictionary_);
+    for (const Json& shared : manifest["dictionaries"].items)
+      if (shared["family"].text == kernel["tile"]["family"].text)
+        return content(kernel["frame"], kernel["cubin"]["size"].integer(), kernel["cubin"]["sha256"].text,
+                       content(shared, shared["raw_size"].integer(), shared["raw_sha256"].text, {}));
+    fail("a kernel of a family without a dictionary");
   }
 
   Json manifest;
@@ -69,5 +71,5 @@ class Bundle {
     return found;
   }
 
-  std::string data_, dictionary_;
+  std::string data_;
 };

@@ -31,7 +31,7 @@ END = last_entry(DATA, "manifest.json")
 EDGES = sorted(
     {0, 4, 18, 26, 30, END.offset, END.offset + END.size, len(DATA) - 22, len(DATA) - 12, len(DATA) - 1}
     | {f.offset + d for k in MANIFEST.kernels for f in (k.frame,) for d in (-40, -4, 0, 4, f.length - 1)}
-    | {MANIFEST.dictionary.offset, MANIFEST.dictionary.offset + 9}
+    | {d.offset + at for d in MANIFEST.dictionaries for at in (0, 9)}
 )
 PLACES = st.one_of(
     st.integers(0, len(DATA) - 1),
@@ -250,7 +250,7 @@ def test_random_damage_to_the_files_of_a_mirror_and_a_cache(tmp_path: Path, coun
 
 @pytest.mark.parametrize("region", ["dictionary", "frame", "manifest", "zip headers", "zip directory", "zip end"])
 def test_a_bit_flip_in_every_byte_of_a_region(region: str, counts: Counter[str]) -> None:
-    frame, dictionary = MANIFEST.kernels[0].frame, MANIFEST.dictionary
+    frame, dictionary = MANIFEST.kernels[0].frame, MANIFEST.dictionaries[0]
     directory = END.offset + END.size
     regions = {
         "dictionary": range(dictionary.offset, dictionary.offset + dictionary.length),

@@ -372,8 +372,9 @@ def test_a_cached_file_that_rots_is_set_aside_and_healed(
     arguments = dict(source=server.url, cache_dir=tmp_path, expected_sha256=DIGEST)
     fetch_bundle(**arguments)
     [path] = tmp_path.rglob("bundle-*.zip")
-    contents = [*(k.frame for k in MANIFEST.kernels), MANIFEST.dictionary]
-    for at in [f.offset + f.length // 2 for f in contents] + [len(DATA) - 12]:
+    spans = [(k.frame.offset, k.frame.length) for k in MANIFEST.kernels]
+    spans += [(d.offset, d.length) for d in MANIFEST.dictionaries]
+    for at in [offset + length // 2 for offset, length in spans] + [len(DATA) - 12]:
         rotten = bytearray(DATA)
         rotten[at] ^= 4
         path.write_bytes(rotten)
