@@ -29,7 +29,7 @@ from .toolchain import find_tools
 _EPILOG = """\
 exit status: 0 done; 1 a kernel does not compile, fails a check or differs from the bundle, gemm_params.h or
 docs/catalogue.md is out of date, shards do not fit together, or with `diff --exit-code` two bundles differ; 2 wrong
-usage; 3 a tool is missing or has the wrong version. MACHETE_AOT_NVCC names the nvcc to use.
+usage; 3 a tool is missing or has the wrong version. MACHETE_AOT_NVCC and MACHETE_AOT_PTXAS name the tools to use.
 """
 
 

@@ -114,7 +114,7 @@ class Call:
     ) -> torch.Tensor | None:
         acts, weights, scales = a.data_ptr(), b.data_ptr(), b_scales.data_ptr()
         zeros = 0 if b_zeros is None else b_zeros.data_ptr()
-        if (acts | weights | scales | zeros) & 15:
+        if (acts | weights | scales | zeros) & 15 or not (acts and weights and scales):
             return None
         if out is None:
             result = torch.empty(*self._shape, dtype=self._dtype, device=self._device)
@@ -128,19 +128,29 @@ class Call:
         early = held.holds(b, weights) and held.holds(b_scales, scales)
         biases = channels = 0
         if b_zeros is not None:
+            if not zeros:
+                return None
             early = early and held.holds(b_zeros, zeros)
         if bias is not None:
             biases = bias.data_ptr()
+            if not biases:
+                return None
             early = early and held.holds(bias, biases)
         if channel_scales is not None:
             channels = channel_scales.data_ptr()
+            if not channels:
+                return None
             early = early and held.holds(channel_scales, channels)
         if early:
             fresh = None
             early = overlap.enabled(override) and (self._in_graphs or self._can_overlap(stream))
         else:  # as overlap.launch_after_writes does it
             fresh = [(t, version(t)) for t in (b, b_scales, b_zeros, bias, channel_scales) if t is not None]
-        tokens = 0 if token_scales is None else token_scales.data_ptr()
+        tokens = 0
+        if token_scales is not None:
+            tokens = token_scales.data_ptr()
+            if not tokens:
+                return None
         workspace = 0
         if self._workspace:
             held_workspace = torch.empty(self._workspace, dtype=torch.uint8, device=self._device)
@@ -165,6 +175,8 @@ class Call:
                 if not driver.is_capturing(stream):
                     for tensor, at in fresh:
                         held.add(tensor, at)
+        if out is not None:
+            overlap.count_write(out)
         return result
 
     def _can_overlap(self, stream: int) -> bool:

@@ -185,7 +185,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _print_table(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     widths = [max(map(len, (c, *(str(r[c]) for r in rows)))) for c in columns]
-    print(f"\n{len(rows)} {title}")
+    print(f"\n{len(rows)} {title if len(rows) != 1 else title[:-1]}")
     for cells in (columns, *([str(r[c]) for c in columns] for r in rows)):
         pairs = zip(cells, widths, strict=True)
         print("  " + "  ".join(c.rjust(w) if c.isdigit() else c.ljust(w) for c, w in pairs).rstrip())

@@ -200,6 +200,14 @@ _lock = threading.Lock()
 _current: Bundle | None = None
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def default_bundle() -> Bundle:
     """The bundle that this process uses: the one given to ``use_bundle``, else ``fetch_bundle()``, opened once."""
     global _current
@@ -218,5 +226,9 @@ def default_is_at_hand() -> bool:
 def use_bundle(bundle: Bundle | None) -> None:
     """Makes this the process's bundle; None goes back to the default. Kernels that are already loaded stay loaded."""
     global _current
+    if bundle is not None and not isinstance(bundle, Bundle):
+        raise ArgumentError(
+            f"use_bundle takes a Bundle or None, got {bundle!r}; open one with fetch_bundle(source=...)"
+        )
     with _lock:
         _current = bundle

@@ -4,8 +4,9 @@
 A kernel launched with overlap reads its weights and scales before earlier kernels of the stream have ended. That is
 safe once a product has been launched on the same tensors, at the same version, without overlap: it ran after whatever
 wrote them. A version is the address and torch's counter of in-place writes, so an update makes the next call wait
-again. Writes that torch does not count (through ``.data``, through DLPack, by foreign kernels, and any to inference
-tensors, which have no counter) need ``set_overlap(False)`` or ``gemm(..., overlap=False)`` for the first call after.
+again. Writes that torch does not count (through ``.data``, through DLPack, by foreign kernels, by graph replays, and
+any to inference tensors, which have no counter) need ``set_overlap(False)`` or ``gemm(..., overlap=False)`` for the
+first call after.
 
 A launch that is captured into a CUDA graph does not run, so it does not count as one that waited: call a product once
 before the capture, as one does to warm up, and the graph's launches overlap. With drivers before CUDA 12.3 they never
@@ -79,6 +80,12 @@ class Constants:
             entry = self._versions.get(key)
             if entry is not None and entry[0] is ref:
                 del self._versions[key]
+
+
+def count_write(out: torch.Tensor) -> None:
+    """Counts that a kernel of ours wrote into a caller's tensor, as torch counts its own writes."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def version(tensor: torch.Tensor) -> Version:

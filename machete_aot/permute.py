@@ -16,7 +16,7 @@ from .kernel import LoadedKernel, load_kernel
 from .launch import launch_config
 from .permute_abi import HELPER_ID, OFFSETS, PARAMETERS, SIZE, pack_params
 from .permute_plan import PermutePlan, make_plan
-from .validate import check_permutation
+from .validate import check_permutation, check_plain
 
 _ALONE = (1, 1, 1)  # no cluster
 
@@ -33,7 +33,11 @@ def permute_columns(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | No
     Gradients are neither needed nor computed: ``requires_grad`` is ignored. Raises ArgumentError, DeviceError,
     CaptureError and BundleError; MissingError where the bundle in use does not have the kernel.
     """
-    if product._is_compiling() or ((product._modes() or a.__class__ is not torch.Tensor) and product._is_seen(a)):
+    if (
+        product._is_compiling()
+        or ((product._modes() or a.__class__ is not torch.Tensor) and product._is_seen(a))
+        or product._tracing_state() is not None
+    ):
         return _traced(a, order, out)
     if not (isinstance(a, torch.Tensor) and a.is_cuda):
         return permute_by_torch(a, order, out)
@@ -54,6 +58,7 @@ def permute_on(
 ) -> torch.Tensor:
     """``permute_columns`` on a stream (a CUstream) of device ``index``, which is where the tensors are."""
     a2d, order, out2d = check_permutation(a, order, out)
+    check_plain(a=a, order=order, out=out)
     if out2d is None:
         out2d = torch.empty_like(a2d, memory_format=torch.contiguous_format)
     rows, columns = a2d.shape
@@ -77,6 +82,7 @@ def permute_on(
             with driver.current(device):
                 overlap.launch_after_writes((order,), None, stream, launch)
     if out is not None:
+        overlap.count_write(out)
         return out
     return out2d if a.dim() == 2 else out2d.view(a.shape)
 

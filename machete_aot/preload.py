@@ -10,7 +10,7 @@ import torch
 
 from . import driver, product
 from .config import TypeConfig
-from .errors import ArgumentError
+from .errors import ArgumentError, DeviceError
 from .fetch import default_bundle
 from .kernel import load_kernel
 from .launch import choose
@@ -155,4 +155,8 @@ def _device_index(device: torch.device | str | int | None) -> int:
     chosen = torch.device("cuda") if device is None else torch.device(device)
     if chosen.type != "cuda":
         raise ArgumentError(f"kernels are loaded on CUDA devices, got {chosen}; name one as device")
-    return torch.cuda.current_device() if chosen.index is None else chosen.index
+    if chosen.index is not None:
+        return chosen.index
+    if not torch.cuda.is_available():
+        raise DeviceError("kernels are loaded on a GPU, and torch sees none; run `machete-aot doctor`")
+    return torch.cuda.current_device()

@@ -16,12 +16,14 @@ from .config import BLOCK_K, PRODUCTS, UNIT_K, ProductTypes, TypeConfig
 from .errors import ArgumentError, UnsupportedError
 from .fetch import default_bundle
 from .operands import as_given, reach, run_kernel
+from .overlap import count_write
 from .part import H100
 from .prepack import A_NAMES as A_NAMES
 from .scalar_type import SCALAR_TYPES, ScalarType, u4b8
-from .validate import check_b_type, check_gemm
+from .validate import check_b_type, check_gemm, check_plain, stands_for_others
 
 _is_compiling = torch.compiler.is_compiling
+_tracing_state: Callable[[], object] = getattr(torch._C, "_get_tracing_state", lambda: None)  # of torch.jit.trace
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 _ZEROS = {False: "none", True: "float", "float": "float", "int": "int"}
@@ -66,7 +68,11 @@ def gemm(
     Returns out, or a new tensor; no gradients. Raises ArgumentError, UnsupportedError, DeviceError, CaptureError and
     BundleError.
     """
-    if _is_compiling() or ((_modes() or a.__class__ is not torch.Tensor) and _is_seen(a)):
+    if (
+        _is_compiling()
+        or ((_modes() or a.__class__ is not torch.Tensor) and _is_seen(a))
+        or _tracing_state() is not None
+    ):
         return _traced(
             a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, schedule, overlap, batch_invariant,
             channel_scales, token_scales, activation, out_dtype,
@@ -120,6 +126,12 @@ def gemm_on(
         a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, channel_scales=channel_scales,
         token_scales=token_scales, activation=activation, out_dtype=out_dtype,
     )  # fmt: skip
+    check_plain(
+        a=a, b=b, b_scales=b_scales, b_zeros=b_zeros, bias=bias, out=out, channel_scales=channel_scales,
+        token_scales=token_scales,
+    )  # fmt: skip
+    if schedule is not None and not isinstance(schedule, str):
+        raise ArgumentError(f"schedule must be a name, as supported_schedules gives them, or None, got {schedule!r}")
     types = kernel_types(bundle, _product_types(a.dtype, b_type, problem.zeros_kind, problem.fine))
     result = problem.out2d
     if result is None:
@@ -133,6 +145,7 @@ def gemm_on(
             what = (*problem.batch_shape, problem.out_columns), problem.out_dtype, a.device
             calls.known.add(key, calls.Call(bundle, b_type, *launched, what, (reach(problem.a2d), reach(result))))
     if out is not None:
+        count_write(out)
         return out
     return result if a.dim() == 2 else result.view(*problem.batch_shape, problem.out_columns)
 
@@ -174,6 +187,8 @@ def explain(
     decide which kernels it can have, see ``supported_schedules``.
     Raises ArgumentError, UnsupportedError and BundleError.
     """
+    if any(not isinstance(size, int) or size < 1 for size in (m, n, k)):
+        raise ArgumentError(f"M, N and K must be positive integers, got {m!r}, {n!r} and {k!r}")
     bundle = default_bundle()
     product = _product_types(a_dtype, b_type, _zeros_kind(with_zeros), _is_fine(b_group_size, k))
     types = kernel_types(bundle, product)
@@ -203,6 +218,11 @@ def _traced(
 ) -> torch.Tensor:
     """``gemm`` as an operator of torch, which compilers and modes see as one piece (``torch_op.py``)."""
     check_b_type(b_type)
+    if overlap is None and _is_compiling():
+        # Inductor writes one tensor object several times and counts no write: what a graph computes looks constant.
+        constants = (b, b_scales, b_zeros, bias, channel_scales)
+        if not all(t is None or isinstance(t, torch.nn.Parameter) for t in constants):
+            overlap = False
     tensors = (a, b, b_type.name, b_scales, b_zeros, b_group_size, bias, channel_scales, token_scales)
     options = {
         "schedule": schedule, "overlap": overlap, "batch_invariant": batch_invariant, "activation": activation,
@@ -227,7 +247,7 @@ def _is_seen(a: object) -> bool:
     """Whether some mode sees what is done to this tensor, or it stands for others: a fake one, or a tracer's."""
     if not isinstance(a, torch.Tensor):
         return False
-    return bool(_modes()) or type(a).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return bool(_modes()) or stands_for_others(a)
 
 
 class _GroupSizeError(ArgumentError):

@@ -176,6 +176,21 @@ def check_permutation(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | 
     return Permutation(a2d, order if order.is_contiguous() else order.contiguous(), out2d)
 
 
+def stands_for_others(tensor: torch.Tensor) -> bool:
+    """Whether this is of a class that makes operators of its own of torch's, such as DTensor, and has no memory."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def check_plain(**tensors: torch.Tensor | None) -> None:
+    """Raises ArgumentError for a tensor that stands for others: its address is 0, which kernels read as none given."""
+    for name, tensor in tensors.items():
+        if tensor is not None and stands_for_others(tensor):
+            raise ArgumentError(
+                f"{name} is a {type(tensor).__name__}, which stands for other tensors; wanted a plain one: of a "
+                "DTensor pass to_local() or full_tensor()"
+            )
+
+
 def check_b_type(b_type: object) -> None:
     """Raises ArgumentError unless this is a ScalarType."""
     if not isinstance(b_type, ScalarType):
@@ -229,8 +244,14 @@ def _check_scales(scales: torch.Tensor, dtype: torch.dtype, groups: int, k: int,
     if scales.dtype != dtype:
         raise ArgumentError(f"b_scales must have the dtype of a, {dtype}, got {scales.dtype}; convert it once")
     if scales.dim() != 2 or scales.shape[0] != groups or scales.shape[1] == 0:
+        shape = tuple(scales.shape)
+        hint = "check b_group_size, and that a has the K of the weights"
+        if len(shape) == 2 and shape[0] == 1:
+            hint = "for one group over K pass b_group_size=-1"
+        elif len(shape) == 2 and shape[1] == groups:
+            hint = "transpose them"
         raise ArgumentError(
-            f"b_scales must be [{groups}, N]: K = {k} has {groups} groups of {group}; got shape {tuple(scales.shape)}"
+            f"b_scales must be [{groups}, N]: K = {k} has {groups} groups of {group}; got shape {shape}: {hint}"
         )
     return scales.shape[1]
 
@@ -327,7 +348,7 @@ def _rows_of(out: torch.Tensor, m: int, columns: int) -> torch.Tensor:
 
 def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether two matrices may have a byte in common. Exact for columns of one row-major buffer, of any dtypes."""
-    if x.shape[0] == 0:  # y has as many rows
+    if x.shape[0] == 0 or x.is_meta:  # y has as many rows
         return False
     x_first, x_last = _span(x)
     y_first, y_last = _span(y)

@@ -32,7 +32,7 @@ def run(rank: int, ranks: int, folder: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
         torch.set_num_threads(1)
         mesh = init_device_mesh("cpu", (ranks,))
-        for check in (columns, rows, block, ordered_block, models, mistakes):
+        for check in (columns, pairs, rows, block, ordered_block, models, mistakes):
             check(mesh, rank, ranks)
         dist.destroy_process_group()
         Path(folder, f"done-{rank}").touch()
@@ -52,11 +52,28 @@ def columns(mesh: DeviceMesh, rank: int, ranks: int) -> None:
         assert part.qweight.shape[0] == 1 and part.out_features == 64
         gathered = parallelize_module(copy.deepcopy(whole), mesh, ColumnParallel(gather_output=True))
         assert torch.equal(gathered(x), expected)
+    assert part.is_part and gathered.is_part and not whole.is_part
+    refused(lambda: save_prepacked(torch.nn.Sequential(part), "nowhere"), RuntimeError, "hold one rank's part")
     uneven = layer(Case("GPTQ", 4, 64, False, "integer"), 64 * ranks + 40, 128)
     expected = uneven(x)
     part = parallelize_module(copy.deepcopy(uneven), mesh, ColumnParallel(gather_output=True, uneven=True))
     assert torch.equal(part(x), expected)
     assert part.out_features == (104 if rank == ranks - 1 else 64)
+
+
+def pairs(mesh: DeviceMesh, rank: int, ranks: int) -> None:
+    """A layer cut along N and one cut along K behind it, where the size has no even cut: at the same places."""
+    case, middle = Case("GPTQ", 4, 128, False, "integer"), 128 * ranks + 64
+    first, second = layer(case, middle, 128), layer(case, 64, middle)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(3)).to(FP16) / 8
+    expected = second(first(x))
+    parts = torch.nn.Sequential(copy.deepcopy(first), copy.deepcopy(second))
+    plan = {"0": ColumnParallel(uneven=True, multiple=128), "1": RowParallel(uneven=True)}
+    parallelize_module(parts, mesh, plan)
+    assert parts[0].out_features == parts[1].in_features == (192 if rank == ranks - 1 else 128)
+    error = float((parts(x).double() - expected.double()).norm() / expected.double().norm())
+    assert error < 2e-3, error
+    refused(lambda: ColumnParallel(multiple=96), ValueError, "a positive multiple of 64")
 
 
 def rows(mesh: DeviceMesh, rank: int, ranks: int) -> None:

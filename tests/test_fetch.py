@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -467,3 +469,36 @@ def test_signed_bundles(
         assert all_right(fetch.fetch_bundle("sm90a", "0.2.0", server.url, keys=[mine], offline=True))
         with pytest.raises(MissingError):
             fetch.fetch_bundle("sm90a", "0.2.0", server.url, keys=[other], offline=True)
+
+
+def test_use_bundle_takes_a_bundle() -> None:
+    with pytest.raises(ArgumentError, match=r"takes a Bundle or None, got 'x.zip'; open one with fetch_bundle"):
+        fetch.use_bundle("x.zip")  # type: ignore[arg-type]
+
+
+def test_a_fork_while_another_thread_opens_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child must not wait for a lock that nobody in it will release."""
+    opening, done = threading.Event(), threading.Event()
+
+    def slow() -> Bundle:
+        opening.set()
+        done.wait(60)
+        return open_bundle(DATA, manifest_sha256=DIGEST)
+
+    monkeypatch.setattr(fetch, "fetch_bundle", slow)
+    thread = threading.Thread(target=fetch.default_bundle)
+    thread.start()
+    opening.wait(60)
+    child = os.fork()
+    if child == 0:
+        done.set()
+        os._exit(0 if fetch.default_bundle().verify() == [] else 1)
+    limit = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < limit:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert ended == (child, 0)

@@ -431,6 +431,83 @@ def test_repeated_calls_launch_the_same(name: str, native: bool) -> None:
     check()
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_what_is_written_into_out_is_no_constant(native: bool) -> None:
+    """The next product may read ``out`` as its bias: not before this one has ended."""
+
+    @stubbed
+    def check(stub: Stub) -> None:
+        use(native)
+        layer, out = Layer(), torch.zeros(5, 256).bfloat16()
+        a, bias = layer.acts(5), out[0]
+        seen = []
+        for write in (False, False, True, False, True):
+            if write:
+                before = out._version
+                layer.gemm(a, out=out)
+                assert out._version == before + 1
+            layer.gemm(a, bias=bias)
+            seen.append(stub.launches[-1].programmatic)
+        assert seen == [False, True, False, True, False]
+        with torch.inference_mode():
+            out = torch.zeros(5, 256).bfloat16()
+            assert layer.gemm(a, out=out) is out  # it has no counter
+
+    check()
+
+
+class Wrapper(torch.Tensor):
+    """Stands for another tensor, as DTensor does: its own address is 0."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        raise AssertionError(f"{function} computes with a tensor that has no memory")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_tensors_that_stand_for_others_are_refused(native: bool) -> None:
+    """Also after a call of the same kind with plain ones: the kernels read the address 0 as none given."""
+
+    @stubbed
+    def check(stub: Stub) -> None:
+        use(native)
+        layer = Layer(b_type=machete.u4)
+        a = layer.acts(5)
+        operands = {
+            "bias": torch.randn(256).bfloat16(),
+            "channel_scales": torch.rand(256),
+            "token_scales": torch.rand(5),
+            "b_zeros": torch.ones(4, 256, dtype=torch.uint8),
+            "scales": layer.scales,
+        }
+        layer.gemm(a, **operands)
+        for name, tensor in operands.items():
+            with pytest.raises(machete.ArgumentError, match="is a Wrapper, which stands for other tensors"):
+                layer.gemm(a, **{**operands, name: Wrapper(tensor)})
+        plain, layer.b = layer.b, Wrapper(layer.b)
+        with pytest.raises(machete.ArgumentError, match="b is a Wrapper"):
+            layer.gemm(a, **operands)
+        layer.b = plain
+        layer.gemm(a, **operands)
+        assert len(stub.launches) == 2
+
+    check()
+
+
+@stubbed
+def test_a_schedule_that_is_no_name_is_refused(stub: Stub) -> None:
+    layer = Layer()
+    for wrong in (["x"], 3):
+        with pytest.raises(machete.ArgumentError, match="schedule must be a name"):
+            layer.gemm(layer.acts(5), schedule=wrong)
+
+
 @stubbed
 def test_a_new_shape_or_option_is_looked_at_in_full(stub: Stub) -> None:
     use(True)

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +100,41 @@ def test_parts_in_any_order_with_any_inputs() -> None:
     assert torch.equal(attention.k_proj(x), alone.k_proj(x))
     shared = attention.q_proj.shared
     attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)
-    assert shared._input is None and shared._parts == [None] * 3  # nothing is kept
+    assert shared._last is None  # nothing is kept
+
+
+def test_threads_get_their_own_parts() -> None:
+    """Each thread has inputs of its own, and what one asks for may come between the calls of another."""
+    attention = quantised().layers[0].self_attn
+    alone = copy.deepcopy(attention)
+    fuse(attention)
+    names = ("q_proj", "k_proj", "v_proj")
+    inputs = [torch.randn(2, 128).to(FP16) for _ in range(4)]
+    expected = [[getattr(alone, name)(x) for name in names] for x in inputs]
+    shared = attention.q_proj.shared
+    product_of = shared.linear.forward
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0)  # lets another thread in
+        return product_of(x)
+
+    shared.linear.forward = slow
+    wrong: list[str] = []
+
+    def work(index: int) -> None:
+        for _ in range(200):
+            found = [getattr(attention, name)(inputs[index]) for name in names]
+            if not all(map(torch.equal, found, expected[index])):
+                wrong.append(f"thread {index}")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
 
 
 def test_the_state_has_the_merged_layer_alone() -> None:
@@ -223,7 +260,16 @@ class Scaled(Mlp):
         return self.down_proj(self.act_fn(2 * self.gate_proj(x)) * self.up_proj(x))
 
 
-@pytest.mark.parametrize("change", ["activation", "forward", "arguments"])
+class OfSequences(Mlp):
+    """Takes [batch, length, features] alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, _, features = x.shape
+        assert features == 128
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["activation", "forward", "arguments", "dimensions"])
 def test_other_mlps_keep_their_code_and_merge_the_projections(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantised(layers=1)
     mlp = model.layers[0].mlp
@@ -232,10 +278,12 @@ def test_other_mlps_keep_their_code_and_merge_the_projections(change: str, monke
         mlp.gate_proj.scales /= 256  # so small that for most inputs all activations are x / 2
     elif change == "forward":
         mlp.__class__ = Scaled
+    elif change == "dimensions":
+        mlp.__class__ = OfSequences
     else:
         mlp.forward = lambda x, more=None, *, needed=1: Mlp.forward(mlp, x)
         mlp.register_buffer("factor", torch.ones(1))
-    x = torch.randn(3, 128).to(FP16)
+    x = torch.randn(1, 3, 128).to(FP16)
     expected = mlp(x)
     report = fuse(model)
     assert report.without_activation == ["layers.0.mlp.gate_up_proj"] and report.without_activation[0] in report.merged

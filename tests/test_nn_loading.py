@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoints import BF16, CONFIGS, FP16, Case, Toy, make, toy, write
-from machete_aot.errors import ArgumentError, CheckpointError, UnsupportedError
+from machete_aot.errors import ArgumentError, CheckpointError, DeviceError, UnsupportedError
 from machete_aot.nn import MacheteLinear, load_quantized, parameters_on_meta, replace_hqq
 from machete_aot.nn.checkpoint import Checkpoint
 from machete_aot.nn.scheme import QuantizationConfig
@@ -235,9 +235,9 @@ def test_incomplete_folders(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             load_quantized(meta_toy(), tmp_path, progress=False)
 
-    fails(r"config\.json has no quantization_config")
+    fails(r"has no config\.json")
     (tmp_path / "config.json").write_text("{}")
-    fails("is not quantised")
+    fails(r"config\.json has no quantization_config: .* is not quantised")
     (tmp_path / "config.json").write_text("[]")
     fails("must hold a JSON object")
     (tmp_path / "config.json").write_text("{")
@@ -366,3 +366,25 @@ def test_replace_hqq() -> None:
     model.layers[0].mlp.up_proj.meta["axis"] = 0
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj: HQQ groups along axis 0"):
         replace_hqq(model)
+
+
+def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder TheBloke/Llama-2-7B-GPTQ; .*snapshot_download"):
+        QuantizationConfig.find("TheBloke/Llama-2-7B-GPTQ")
+    with pytest.raises(CheckpointError, match=r"has no config\.json; wanted the folder of a GPTQ"):
+        QuantizationConfig.find(tmp_path)
+    (tmp_path / "machete.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="was written by save_prepacked; read it with load_prepacked"):
+        QuantizationConfig.find(tmp_path)
+
+
+def test_a_model_without_hqq_layers_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="the model has no HQQ layers"):
+        replace_hqq(toy(layers=1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_gpu_that_torch_does_not_see(tmp_path: Path) -> None:
+    write(tmp_path, toy(layers=1), Case("GPTQ", 4, 64, False, "symmetric"))
+    with pytest.raises(DeviceError, match='torch sees no GPU; .* pass device="cpu"'):
+        load_quantized(toy(layers=1), tmp_path, device="cuda")

@@ -189,3 +189,10 @@ def test_mistakes() -> None:
     for arguments, options, message in wrong:
         with pytest.raises(machete.ArgumentError, match=message):
             machete.warmup(*arguments, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    for device in (None, "cuda"):
+        with pytest.raises(machete.DeviceError, match="torch sees none; run `machete-aot doctor`"):
+            machete.warmup(torch.bfloat16, u4b8, device=device)

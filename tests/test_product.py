@@ -184,6 +184,19 @@ def test_batches_are_rows(stub: Stub) -> None:
     assert launch.tensor_map.address == a.data_ptr()
 
 
+@pytest.mark.parametrize("shape", [(0, 256, 256), (-1, 256, 256), (1, 0, 256), (1, 256, 2.5)])
+def test_explain_refuses_what_is_no_product(shape: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(machete.ArgumentError, match="M, N and K must be positive integers"):
+        machete.explain(*shape)
+
+
+def test_meta_tensors_share_no_memory() -> None:
+    a = torch.empty(4, 512, dtype=torch.bfloat16, device="meta")
+    scales = torch.empty(4, 256, dtype=torch.bfloat16, device="meta")
+    b, out = Layer(256, 512).b.to("meta"), torch.empty(4, 256, dtype=torch.bfloat16, device="meta")
+    assert check_gemm(a, b, machete.u4b8, scales, None, 128, None, out).m == 4
+
+
 @stubbed
 def test_overlap_of_real_calls(stub: Stub) -> None:
     layer, bias = Layer(256, 512), torch.randn(256).bfloat16()

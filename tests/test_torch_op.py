@@ -48,6 +48,53 @@ def everything(layer: Layer, m: int) -> dict[str, Any]:
     }
 
 
+def test_compiled_code_overlaps_with_what_it_did_not_compute() -> None:
+    """Inductor reuses one object for several tensors, which look like a constant."""
+    layer = Layer()
+    a, wide = layer.acts(5), layer.scales.float()
+    weights, parameter = (torch.nn.Parameter(x, requires_grad=False) for x in (layer.b, layer.scales))
+    linear = machete.nn.MacheteLinear.from_packed(layer.b, machete.u4b8, layer.scales, None, K, 128)
+    cases: list[tuple[Any, bool | None]] = [
+        (lambda a: machete.gemm(a, layer.b, machete.u4b8, wide.bfloat16()), False),
+        (lambda a: machete.gemm(a, weights, machete.u4b8, parameter), None),
+        (lambda a: machete.gemm(a, weights, machete.u4b8, parameter, bias=(wide[0] * 2).bfloat16()), False),
+        (lambda a: machete.gemm(a, layer.b, machete.u4b8, layer.scales, overlap=True), True),
+        (linear, True),
+    ]
+    seen: list[object] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> Any:
+        seen.extend(n.kwargs.get("overlap") for n in module.graph.nodes if n.target in (OP, OP.default))
+        return module
+
+    def compiled(call: Any) -> torch.Tensor:
+        result: torch.Tensor = torch.compile(call, fullgraph=True, backend=backend)(a)
+        return result
+
+    with torch.no_grad():
+        for call, overlap in cases:
+            assert torch.equal(compiled(call), call(a))
+            assert seen.pop() is overlap and not seen
+        machete.set_overlap(False)
+        try:
+            compiled(linear)
+        finally:
+            machete.set_overlap(True)
+    assert seen == [False]
+
+
+def test_torch_jit_trace_records_the_product() -> None:
+    layer, order = Layer(), torch.randperm(K, dtype=torch.int32)
+
+    def program(a: torch.Tensor) -> torch.Tensor:
+        return layer.gemm(machete.permute_columns(a, order)) + 1
+
+    traced = torch.jit.trace(program, (layer.acts(5),))
+    assert {"machete_aot::gemm", "machete_aot::permute_columns"} <= {n.kind() for n in traced.graph.nodes()}
+    a = layer.acts(5)
+    assert torch.equal(traced(a), program(a))
+
+
 @pytest.mark.parametrize("b_type", [machete.u4b8, machete.u8b128], ids=str)
 def test_the_operator_is_gemm(b_type: machete.ScalarType) -> None:
     layer = Layer(b_type)

@@ -183,6 +183,15 @@ WRONG = {
         {"b_scales": torch.zeros(2, N, dtype=BF16)},
         r"b_scales must be \[3, N\]: K = 320 has 3 groups of 128; got shape \(2, 200\)",
     ),
+    "b_scales: of one group": (
+        {"b_scales": torch.zeros(1, N, dtype=BF16)},
+        r"for one group over K pass b_group_size=-1",
+    ),
+    "b_scales: transposed": ({"b_scales": torch.zeros(N, 3, dtype=BF16)}, r"got shape \(200, 3\): transpose them"),
+    "b_scales: of another k": (
+        {"b_scales": torch.zeros(4, N, dtype=BF16)},
+        r"check b_group_size, and that a has the K",
+    ),
     "b_scales: dimensions": ({"b_scales": torch.zeros(N, dtype=BF16)}, r"b_scales must be \[3, N\]"),
     "b_scales: no n": ({"b_scales": torch.zeros(3, 0, dtype=BF16)}, r"b_scales must be \[3, N\]"),
     "b_zeros: shape": ({"b_zeros": torch.zeros(3, N + 1, dtype=BF16)}, r"b_zeros must have the shape of b_scales"),

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import CheckpointError
 
+PREPACKED_INDEX = "machete.json"  # of a folder that save_prepacked wrote
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 

@@ -59,21 +59,21 @@ class Shared:
 
     def __init__(self, linear: MacheteLinear, sizes: Sequence[int]) -> None:
         self.linear, self.sizes = linear, tuple(sizes)
-        self._input: torch.Tensor | None = None
-        self._version: int | None = None
-        self._parts: list[torch.Tensor | None] = [None] * len(self.sizes)
+        # Input, its version and the parts that are left: read and replaced as one, since threads may call at once.
+        self._last: tuple[torch.Tensor, int | None, list[torch.Tensor | None]] | None = None
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Columns of part ``index`` of the product of x, a view [..., size] of a tensor that all parts share."""
-        part = self._parts[index] if x is self._input and _version(x) == self._version else None
-        if part is None:
-            self._parts = list(torch.split(self.linear(x), list(self.sizes), dim=-1))
-            self._input, self._version = x, _version(x)
-            part = self._parts[index]
-        self._parts[index] = None
-        if all(p is None for p in self._parts):
-            self._input = self._version = None
-        assert part is not None
+        last = self._last
+        part = last[2][index] if last is not None and last[0] is x and last[1] == _version(x) else None
+        if last is None or part is None:
+            parts: list[torch.Tensor | None] = list(torch.split(self.linear(x), list(self.sizes), dim=-1))
+            last = self._last = (x, _version(x), parts)
+            part = parts[index]
+            assert part is not None
+        last[2][index] = None
+        if all(p is None for p in last[2]) and self._last is last:
+            self._last = None
         return part
 
 
@@ -148,7 +148,7 @@ def merge(layers: Sequence[MacheteLinear]) -> MacheteLinear:
         qweight, first.b_type, torch.cat([layer.scales for layer in layers], dim=1), zeros, first.in_features,
         first.group_size, _biases(layers), first.perm,
     )  # fmt: skip
-    merged.batch_invariant = first.batch_invariant
+    merged.batch_invariant, merged.is_part = first.batch_invariant, first.is_part
     return merged
 
 
@@ -170,7 +170,7 @@ def merge_gate_up(gate: MacheteLinear, up: MacheteLinear, order: torch.Tensor | 
         gate.group_size, None if biases is None else interleave_gate_up(*both(*biases.chunk(2))), gate.perm,
         activation="swiglu",
     )  # fmt: skip
-    merged.batch_invariant = gate.batch_invariant
+    merged.batch_invariant, merged.is_part = gate.batch_invariant, gate.is_part
     return merged
 
 
@@ -179,7 +179,7 @@ def without_order(layer: MacheteLinear) -> MacheteLinear:
     found = MacheteLinear.from_packed(
         layer.qweight, layer.b_type, layer.scales, layer.zeros, layer.in_features, layer.group_size, layer.bias
     )
-    found.batch_invariant = layer.batch_invariant
+    found.batch_invariant, found.is_part = layer.batch_invariant, layer.is_part
     return found
 
 
@@ -289,13 +289,13 @@ def _same(mlp: torch.nn.Module, fused: torch.nn.Module, layer: MacheteLinear) ->
 
     ``layer``: the gate. The input is scaled until gates spread to where activations differ: near 0 all are x / 2.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, layer.in_features, generator=generator).to(layer.scales)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(ROWS, layer.in_features, generator=generator, device="cpu").to(layer.scales)
     spread = float(layer(x).double().std())
     x = (x.double() * (SPREAD / spread)).to(x.dtype) if spread > 0 else x
     try:
         wanted, found = mlp(x), fused(x)
-    except TypeError:  # other arguments: not a plain MLP
+    except Exception:  # other arguments or dimensions, weights of its own: whatever it misses, it is no plain MLP
         return False
     if not isinstance(wanted, torch.Tensor) or wanted.shape != found.shape or not bool(wanted.isfinite().all()):
         return False

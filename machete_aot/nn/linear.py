@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ArgumentError, CheckpointError, UnsupportedError
 from ..layout import layout_for, packed_shape
+from ..overlap import enabled
 from ..permute import permute_columns
 from ..prepack import A_DTYPES, prepack_b
 from ..product import gemm
@@ -86,7 +87,8 @@ class MacheteLinear(torch.nn.Module):
         )
         self.group_size = _checked_group(group_size, in_features)
         self.batch_invariant = False
-        self.sharding: Sharding | None = None
+        self.sharding: Sharding | None = None  # what one rank's part needs of the others
+        self.is_part = False  # whether this is one rank's part of a layer
         n = self.columns
         groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
@@ -123,6 +125,7 @@ class MacheteLinear(torch.nn.Module):
         y = gemm(
             x, self.qweight, self.b_type, self.scales, self.zeros, self.group_size, self.bias,
             activation=self.activation, batch_invariant=self.batch_invariant, out_dtype=out_dtype,
+            overlap=enabled() if _is_compiling() else None,  # no graph computes these buffers
         )  # fmt: skip
         return y if sharding is None else sharding.after(y)
 

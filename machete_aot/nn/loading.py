@@ -158,8 +158,10 @@ def replace_hqq(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
     """Replaces the HQQ layers of a model that the hqq library has loaded or quantised; returns the model.
 
     An HQQ layer is a module with ``W_q``, ``meta`` and ``bias``. ``dtype``: of the activations; None: that of the
-    layer's scales if it is bfloat16 or float16, else bfloat16. Raises CheckpointError, which names the layer.
+    layer's scales if it is bfloat16 or float16, else bfloat16. Raises CheckpointError, which names the layer,
+    also for a model without any.
     """
+    replaced = 0
     for name, module in list(model.named_modules()):
         if not (hasattr(module, "W_q") and isinstance(getattr(module, "meta", None), dict)):
             continue
@@ -171,4 +173,9 @@ def replace_hqq(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
             raise CheckpointError(f"{name}: {error}") from error
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
+        replaced += 1
+    if not replaced:
+        raise CheckpointError(
+            "the model has no HQQ layers, modules with W_q and meta; load or quantise it with the hqq library first"
+        )
     return model

@@ -26,17 +26,24 @@ class ColumnParallel(ParallelStyle):
     """Each rank has some outputs of a MacheteLinear: x [..., K], the same on all ranks -> [..., N / ranks].
 
     ``gather_output``: collect all outputs, [..., N], on every rank. ``uneven``: ranks may have different numbers of
-    outputs, where N is not a multiple of 64 * ranks; whole units of 64 either way. Of a layer with activation "swiglu"
-    the interleaved columns are cut, 64 of them being 32 outputs.
+    outputs, where N is not a multiple of 64 * ranks; whole units of 64 either way. ``multiple``: cut in units of so
+    many outputs, a multiple of 64: where a RowParallel layer takes these outputs in its parts, both must be cut at the
+    same places, and that one is cut in units of lcm(64, its group size), 128 for groups of 128. Of a layer with
+    activation "swiglu" the interleaved columns are cut, 64 of them being 32 outputs.
     """
 
-    def __init__(self, *, gather_output: bool = False, uneven: bool = False) -> None:
+    def __init__(self, *, gather_output: bool = False, uneven: bool = False, multiple: int = UNIT_ROWS) -> None:
         super().__init__()
-        self.gather_output, self.uneven = gather_output, uneven
+        if not isinstance(multiple, int) or multiple < UNIT_ROWS or multiple % UNIT_ROWS:
+            raise ArgumentError(f"multiple must be a positive multiple of {UNIT_ROWS} outputs, got {multiple!r}")
+        self.gather_output, self.uneven, self.multiple = gather_output, uneven, multiple
 
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
         layer, ranks, rank = _checked(module, device_mesh)
-        cuts = cut(layer.columns, UNIT_ROWS, ranks, self.uneven, "N")
+        unit = self.multiple
+        if layer.activation is not None and unit > UNIT_ROWS:
+            unit *= 2  # columns for as many outputs
+        cuts = cut(layer.columns, unit, ranks, self.uneven, "N")
         shard_columns(layer, cuts[rank], cuts[rank + 1])
         if self.gather_output:
             per_column = 1 if layer.activation is None else 2
@@ -88,7 +95,8 @@ def cut(size: int, unit: int, ranks: int, uneven: bool, what: str) -> list[int]:
     if not uneven and size % (unit * ranks):
         raise UnsupportedError(
             f"{what} = {size} cannot be cut evenly for {ranks} ranks in units of {unit}: it is no multiple of "
-            f"{unit * ranks}; pass uneven=True for parts of different sizes"
+            f"{unit * ranks}; pass uneven=True for parts of different sizes: to both layers where one takes the "
+            "other's outputs, and then also multiple= to ColumnParallel, the other's unit of K"
         )
     if units < ranks:
         raise UnsupportedError(f"{what} = {size} has {units} units of {unit}, fewer than {ranks} ranks")
@@ -104,6 +112,7 @@ def shard_columns(layer: MacheteLinear, first: int, last: int) -> None:
     layer.zeros = None if layer.zeros is None else layer.zeros[:, first:last].clone()
     layer.bias = None if layer.bias is None else layer.bias[first:last].clone()
     layer.out_features = (last - first) // (1 if layer.activation is None else 2)
+    layer.is_part = True
 
 
 @torch.no_grad()
@@ -118,6 +127,7 @@ def shard_rows(layer: MacheteLinear, first: int, last: int, keep_bias: bool) -> 
         layer.group_size = -1 if layer.scales.shape[0] == 1 else group
     layer.in_features = last - first
     layer.bias = layer.bias if keep_bias else None
+    layer.is_part = True
 
 
 @dataclass
@@ -167,7 +177,7 @@ def _checked(module: torch.nn.Module, mesh: DeviceMesh) -> tuple[MacheteLinear, 
             f"these styles are for MacheteLinear, got {type(module).__name__}; use torch's ColwiseParallel and "
             "RowwiseParallel for floating layers"
         )
-    if module.sharding is not None:
+    if module.is_part:
         raise ArgumentError("the layer holds one rank's part already")
     return module, mesh.size(), mesh.get_local_rank()
 

@@ -26,14 +26,14 @@ from ..errors import CheckpointError
 from ..layout import LAYOUTS, layout_for
 from ..prepack import A_DTYPES, A_NAMES
 from ..publish import publish
-from .checkpoint import Checkpoint, read_json, write_tensors
+from .checkpoint import PREPACKED_INDEX, Checkpoint, read_json, write_tensors
 from .fuse import DOWN, GateUpMLP, attach_merged, merged_parts
 from .linear import MacheteLinear, is_permutation
 from .tree import Tree, target_device
 
 FORMAT = "machete-aot-prepacked"
 FORMAT_VERSION = 1
-INDEX = "machete.json"
+INDEX = PREPACKED_INDEX
 SHARD_BYTES = 4 << 30
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
@@ -49,7 +49,7 @@ def save_prepacked(model: torch.nn.Module, folder: str | Path, *, shard_bytes: i
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MacheteLinear)}
     if not layers:
         raise CheckpointError("the model has no MacheteLinear: nothing is prepacked")
-    sharded = [name for name, layer in layers.items() if layer.sharding is not None]
+    sharded = [name for name, layer in layers.items() if layer.is_part]
     if sharded:
         raise CheckpointError("these layers hold one rank's part; save the model before parallelize_module", sharded)
     layouts = {layout.name: layout.version for layout in (layout_for(layer.b_type) for layer in layers.values())}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from . import awq, compressed_tensors, gptq
-from .checkpoint import read_json
+from .checkpoint import PREPACKED_INDEX, read_json
 from .weights import QuantizedWeights
 
 _FORMATS = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
@@ -65,9 +65,20 @@ class QuantizationConfig:
         """From config.json's quantization_config, or from quantize_config.json, as older GPTQ checkpoints have it."""
         folder = Path(folder)
         path = folder / "config.json"
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"there is no folder {folder}; wanted a downloaded checkpoint: of one on the Hugging Face Hub pass "
+                "what huggingface_hub.snapshot_download(...) returns"
+            )
+        if (folder / PREPACKED_INDEX).is_file():
+            raise CheckpointError(f"{folder} was written by save_prepacked; read it with load_prepacked")
         config = read_json(path).get("quantization_config") if path.is_file() else None
         if config is None and (folder / "quantize_config.json").is_file():
             config = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
+        if config is None and not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no config.json; wanted the folder of a GPTQ, AWQ or compressed-tensors checkpoint"
+            )
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} has no quantization_config: the checkpoint in {folder} is not quantised")
         return cls(config)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DeviceError
 
 
 class Tree:
@@ -143,5 +143,9 @@ def target_device(model: torch.nn.Module, device: torch.device | str | int | Non
         real = next((p.device for p in model.parameters() if not p.is_meta), None)
         found = real or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if found.type == "cuda" and found.index is None:
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                'torch sees no GPU; run `machete-aot doctor`, or pass device="cpu", where the reference multiplies'
+            )
         return torch.device("cuda", torch.cuda.current_device())
     return found
