@@ -369,7 +369,7 @@ def test_replace_hqq() -> None:
 
 
 def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no folder TheBloke/Llama-2-7B-GPTQ; .*snapshot_download"):
+    with pytest.raises(CheckpointError, match=r"there is no folder TheBloke/Llama-2-7B-GPTQ; .*snapshot_download"):
         QuantizationConfig.find("TheBloke/Llama-2-7B-GPTQ")
     with pytest.raises(CheckpointError, match=r"has no config\.json; wanted the folder of a GPTQ"):
         QuantizationConfig.find(tmp_path)
@@ -386,5 +386,5 @@ def test_a_model_without_hqq_layers_is_refused() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_a_gpu_that_torch_does_not_see(tmp_path: Path) -> None:
     write(tmp_path, toy(layers=1), Case("GPTQ", 4, 64, False, "symmetric"))
-    with pytest.raises(DeviceError, match='torch sees no GPU; .* pass device="cpu"'):
+    with pytest.raises(DeviceError, match=r'torch sees no GPU; .* pass device="cpu"'):
         load_quantized(toy(layers=1), tmp_path, device="cuda")
