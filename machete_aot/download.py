@@ -16,7 +16,7 @@ from .errors import ArgumentError, BundleError, CorruptError, TruncatedError, Un
 from .http_client import Client, Failure, chunks, content_length, content_range, is_http, shown_url
 
 if TYPE_CHECKING:
-    from requests import Response, Session
+    from requests import Response
 
 T = TypeVar("T")
 Progress = Callable[[int, "int | None"], None]
@@ -31,8 +31,7 @@ class Remote:
     """The files below one http or https URL.
 
     ``timeouts`` are seconds: to connect, to wait for bytes, and for a whole call with its retries. ``progress`` is
-    called with the bytes so far and in all (None if not known). A session that is given must not be used on both sides
-    of a fork; without one each process opens its own. Raises ArgumentError for another kind of URL.
+    called with the bytes so far and in all (None if not known). Raises ArgumentError for another kind of URL.
     """
 
     def __init__(
@@ -41,14 +40,13 @@ class Remote:
         *,
         timeouts: tuple[float, float, float] = TIMEOUTS,
         progress: Progress | None = None,
-        session: Session | None = None,
     ) -> None:
         if not is_http(base_url):
             raise ArgumentError(f"{shown_url(base_url)} is not an http or https URL with a host")
         connect, read, self._total = timeouts
         self._base_url = base_url
         self._progress = progress
-        self._client = Client(connect, read, session)
+        self._client = Client(connect, read)
 
     def shown(self, name: str = "") -> str:
         """The URL of a file as messages show it, without credentials."""
@@ -61,21 +59,16 @@ class Remote:
         limit: int,
         want_size: int | None = None,
         want_sha256: str | None = None,
-        resume_from: bytes = b"",
     ) -> bytes:
         """The file ``name``, or what the base URL itself names if that is "".
 
         ``limit`` is the most bytes that are ever kept. ``want_size`` and ``want_sha256`` (hex) are checked.
-        ``resume_from`` holds the file's first bytes, from an earlier call; without a digest it is the caller who must
-        find out whether they fit the rest.
         Raises MissingError (status 404 or 410), CorruptError (other bytes than wanted, too many, an HTML page),
         TruncatedError (too few), UnreachableError (all else; ``problems`` lists every try), BundleError (a bad name).
         """
         url = self._url(name)
         wanted = _Wanted(shown_url(url), limit if want_size is None else min(limit, want_size), want_size, want_sha256)
-        download = _Download(wanted, bytearray(resume_from if len(resume_from) <= wanted.limit else b""))
-        if download.body and want_sha256 == hashlib.sha256(download.body).hexdigest():
-            return bytes(download.body)
+        download = _Download(wanted)
         return self._with_retries(url, lambda deadline: self._whole(url, download, deadline))
 
     def fetch_range(self, name: str, offset: int, length: int) -> bytes | None:
@@ -147,8 +140,8 @@ class _Wanted:
 class _Download:
     """As much of a file as there is, over all tries; ``total`` is how large the server says that it is."""
 
-    def __init__(self, wanted: _Wanted, body: bytearray) -> None:
-        self.wanted, self.body = wanted, body
+    def __init__(self, wanted: _Wanted) -> None:
+        self.wanted, self.body = wanted, bytearray()
         self.total: int | None = None
         self._etag: str | None = None
         self._html = False

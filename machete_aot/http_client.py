@@ -46,9 +46,8 @@ class Failure(Exception):
 class Client:
     """Makes requests. ``connect`` and ``read`` are seconds, to connect and to wait for bytes."""
 
-    def __init__(self, connect: float, read: float, session: Session | None = None) -> None:
+    def __init__(self, connect: float, read: float) -> None:
         self._connect, self._read = connect, read
-        self._given_session = session
         self._own_session: tuple[int, Session] | None = None
 
     @contextmanager
@@ -114,8 +113,6 @@ class Client:
         return done[0]
 
     def _session(self) -> Session:
-        if self._given_session is not None:
-            return self._given_session
         if self._own_session is None or self._own_session[0] != os.getpid():  # a fork shares its parent's sockets
             from requests import Session
 

@@ -230,16 +230,15 @@ class Manifest:
             return getattr(self, name)
 
     @cached_property
-    def _kernels_by_id(self) -> dict[str, KernelInfo]:
-        return {k.id: k for k in self.kernels}
-
-    @cached_property
     def _schedules_by_name(self) -> dict[str, ScheduleInfo]:
         return {s.name: s for s in self.schedules}
 
     @cached_property
-    def _kernels_by_types(self) -> dict[TypeConfig, tuple[KernelInfo, ...]]:
-        return {types: tuple(k for k in self.kernels if k.types == types) for types in self.types}
+    def _kernels_by_types(self) -> dict[str, tuple[KernelInfo, ...]]:
+        return {types.name: tuple(k for k in self.kernels if k.types == types) for types in self.types}
+
+    def _kernels_of(self, types_name: str) -> tuple[KernelInfo, ...]:
+        return self._kernels_by_types.get(types_name, ()) if self._parts is None else self._parts.kernels(types_name)
 
     @cached_property
     def _schedules_by_types(self) -> dict[str, tuple[ScheduleInfo, ...]]:
@@ -259,27 +258,17 @@ class Manifest:
         """The types that some kernel serves, in the order of the kernels."""
         return tuple(dict.fromkeys(k.types for k in self.kernels))
 
-    @cached_property
-    def _types_by_name(self) -> dict[str, TypeConfig]:
-        return {types.name: types for types in self.types}
-
     def types_named(self, name: str) -> TypeConfig | None:
         """The types of that name, None if no kernel serves them."""
-        if self._parts is None:
-            return self._types_by_name.get(name)
-        some = self._parts.kernels(name)
+        some = self._kernels_of(name)
         return some[0].types if some else None
 
     def kernel(self, kernel_id: str) -> KernelInfo:
         """The kernel of that id. Raises MissingError."""
-        if self._parts is not None:
-            some = self._parts.kernels(types_of(kernel_id))
-            found = next((k for k in some if k.id == kernel_id), None)
-        else:
-            found = self._kernels_by_id.get(kernel_id)
-        if found is None:
-            raise MissingError(f"the bundle holds no kernel {kernel_id!r}; `machete-aot list` shows what it holds")
-        return found
+        for kernel in self._kernels_of(types_of(kernel_id)):
+            if kernel.id == kernel_id:
+                return kernel
+        raise MissingError(f"the bundle holds no kernel {kernel_id!r}; `machete-aot list` shows what it holds")
 
     def named(self, compiled_id: str) -> KernelInfo | HelperInfo:
         """The kernel or the helper of that id. Raises MissingError."""
@@ -306,9 +295,7 @@ class Manifest:
 
     def kernels_for(self, types: TypeConfig) -> tuple[KernelInfo, ...]:
         """Every kernel of these types, in manifest order; empty if there is none."""
-        if self._parts is not None:
-            return self._parts.kernels(types.name)
-        return self._kernels_by_types.get(types, ())
+        return self._kernels_of(types.name)
 
     def types_for(self, product: ProductTypes) -> TypeConfig | None:
         """The types of the best kernels that it has for such a product; None if there are none."""

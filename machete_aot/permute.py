@@ -38,7 +38,7 @@ def permute_columns(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | No
         or ((product._modes() or a.__class__ is not torch.Tensor) and product._is_seen(a))
         or product._tracing_state() is not None
     ):
-        return _traced(a, order, out)
+        return product.as_operator("permute_columns", out, (a, order), {})
     if not (isinstance(a, torch.Tensor) and a.is_cuda):
         return permute_by_torch(a, order, out)
     index = a.get_device()
@@ -114,19 +114,3 @@ def _launch(kernel: LoadedKernel, plan: PermutePlan, parameters: bytes, stream: 
 def _config(plan: PermutePlan, stream: int, early: bool) -> Any:
     """Making one takes longer than the launch; the driver only reads it."""
     return launch_config(plan.grid, plan.block, _ALONE, plan.shared_memory, stream, early)
-
-
-def _traced(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """``permute_columns`` as an operator of torch, which compilers and modes see as one piece (``permute_op.py``)."""
-    if torch.is_grad_enabled() and a.requires_grad:
-        with torch.no_grad():  # as everywhere: requires_grad is ignored
-            return _operator(a, order, out)
-    return _operator(a, order, out)
-
-
-def _operator(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    if out is None:
-        result: torch.Tensor = torch.ops.machete_aot.permute_columns(a, order)
-        return result
-    torch.ops.machete_aot.permute_columns_out(out, a, order)
-    return out

@@ -100,13 +100,13 @@ def gemm_on(
     b_group_size: int | None,
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
-    schedule: str | None,
-    overlap: bool | None,
-    batch_invariant: bool,
-    channel_scales: torch.Tensor | None,
-    token_scales: torch.Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype | None,
+    schedule: str | None = None,
+    overlap: bool | None = None,
+    batch_invariant: bool = False,
+    channel_scales: torch.Tensor | None = None,
+    token_scales: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``gemm`` on a stream (a CUstream) of device ``index``, which is where the tensors are."""
     key = calls.key_of(
@@ -228,18 +228,21 @@ def _traced(
         "schedule": schedule, "overlap": overlap, "batch_invariant": batch_invariant, "activation": activation,
         "out_dtype": out_dtype,
     }  # fmt: skip
-    differentiable = any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+    return as_operator("gemm", out, tensors, options)
+
+
+def as_operator(
+    name: str, out: torch.Tensor | None, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> torch.Tensor:
+    """Calls the operator of this name, or with an output the one that writes into it. ``requires_grad`` is ignored."""
+    differentiable = any(isinstance(t, torch.Tensor) and t.requires_grad for t in arguments)
     if torch.is_grad_enabled() and differentiable:
-        with torch.no_grad():  # as everywhere: requires_grad is ignored
-            return _operator(out, tensors, options)
-    return _operator(out, tensors, options)
-
-
-def _operator(out: torch.Tensor | None, arguments: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            return as_operator(name, out, arguments, options)
     if out is None:
-        result: torch.Tensor = torch.ops.machete_aot.gemm(*arguments, **options)
+        result: torch.Tensor = getattr(torch.ops.machete_aot, name)(*arguments, **options)
         return result
-    torch.ops.machete_aot.gemm_out(out, *arguments, **options)
+    getattr(torch.ops.machete_aot, f"{name}_out")(out, *arguments, **options)
     return out
 
 

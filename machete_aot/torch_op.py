@@ -36,7 +36,7 @@ _library.define(f"gemm({_ARGUMENTS}) -> Tensor", tags=_tags)
 _library.define(f"gemm_out(Tensor(a!) out, {_ARGUMENTS}) -> ()", tags=_tags)
 
 
-def _on_cpu(
+def _named(
     a: _Tensor,
     b: _Tensor,
     b_type: str,
@@ -46,63 +46,28 @@ def _on_cpu(
     bias: _Optional = None,
     channel_scales: _Optional = None,
     token_scales: _Optional = None,
-    *,
-    out: _Optional = None,
-    **options: Any,
-) -> _Tensor:
-    return reference.gemm(
-        a, b, scalar_type(b_type), b_scales, b_zeros, b_group_size, bias, out, channel_scales=channel_scales,
-        token_scales=token_scales, **options,
-    )  # fmt: skip
+) -> dict[str, Any]:
+    """The operator's positional arguments by their names in ``gemm``."""
+    return {
+        "a": a, "b": b, "b_type": scalar_type(b_type), "b_scales": b_scales, "b_zeros": b_zeros,
+        "b_group_size": b_group_size, "bias": bias, "channel_scales": channel_scales, "token_scales": token_scales,
+    }  # fmt: skip
 
 
-def _on_cuda(
-    a: _Tensor,
-    b: _Tensor,
-    b_type: str,
-    b_scales: _Tensor,
-    b_zeros: _Optional = None,
-    b_group_size: int | None = 128,
-    bias: _Optional = None,
-    channel_scales: _Optional = None,
-    token_scales: _Optional = None,
-    *,
-    out: _Optional = None,
-    schedule: str | None = None,
-    overlap: bool | None = None,
-    batch_invariant: bool = False,
-    activation: str | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> _Tensor:
+def _on_cpu(*arguments: Any, out: _Optional = None, **options: Any) -> _Tensor:
+    return reference.gemm(**_named(*arguments), out=out, **options)
+
+
+def _on_cuda(a: _Tensor, *arguments: Any, out: _Optional = None, **options: Any) -> _Tensor:
     index = a.get_device()
-    return product.gemm_on(
-        index, product._current_stream(index), a, b, scalar_type(b_type), b_scales, b_zeros, b_group_size, bias, out,
-        schedule, overlap, batch_invariant, channel_scales, token_scales, activation, out_dtype,
-    )  # fmt: skip
+    return product.gemm_on(index, product._current_stream(index), **_named(a, *arguments), out=out, **options)
 
 
 def _fake(
-    a: _Tensor,
-    b: _Tensor,
-    b_type: str,
-    b_scales: _Tensor,
-    b_zeros: _Optional = None,
-    b_group_size: int | None = 128,
-    bias: _Optional = None,
-    channel_scales: _Optional = None,
-    token_scales: _Optional = None,
-    *,
-    schedule: str | None = None,
-    overlap: bool | None = None,
-    batch_invariant: bool = False,
-    activation: str | None = None,
-    out_dtype: torch.dtype | None = None,
+    a: _Tensor, *arguments: Any, activation: str | None = None, out_dtype: torch.dtype | None = None, **_: Any
 ) -> _Tensor:
     """A tensor like the result, after the checks of a real call."""
-    problem = check_gemm(
-        a, b, scalar_type(b_type), b_scales, b_zeros, b_group_size, bias, None, channel_scales=channel_scales,
-        token_scales=token_scales, activation=activation, out_dtype=out_dtype,
-    )  # fmt: skip
+    problem = check_gemm(**_named(a, *arguments), out=None, activation=activation, out_dtype=out_dtype)
     return a.new_empty((*problem.batch_shape, problem.out_columns), dtype=problem.out_dtype)
 
 

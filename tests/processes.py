@@ -11,7 +11,9 @@ from typing import Any
 import torch.multiprocessing as mp
 
 
-def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *rest: Any, seconds: float = 120) -> None:
+def run_ranks(
+    function: Callable[..., None], ranks: int, folder: Path, *rest: Any, seconds: float = 120, patience: float = 5
+) -> None:
     """Calls ``function(rank, ranks, folder, *rest)`` for each rank in a process of its own, all within ``seconds``.
 
     The function leaves ``done-RANK`` in the folder, or what it raised in ``error-RANK``. When a rank fails the others
@@ -24,7 +26,7 @@ def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *rest: An
     end = time.monotonic() + seconds
     while any(process.is_alive() for process in processes) and time.monotonic() < end:
         if any(process.exitcode for process in processes):
-            end = min(end, time.monotonic() + 5)
+            end = min(end, time.monotonic() + patience)
         processes[0].join(0.1)
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for rank in late:

@@ -625,7 +625,7 @@ def on_terminal(arguments: list[str], environment: dict[str, str]) -> str:
 def test_a_progress_bar_on_a_terminal_alone(
     capsys: pytest.CaptureFixture[str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Handler, "delay", 0.1)
+    monkeypatch.setattr(Handler, "delay", 0.02)
     environment = dict(os.environ)
     assert "fetching" in on_terminal(["fetch", "--source", url], environment)
     assert run(capsys, "cache", "clear")[0] == 0

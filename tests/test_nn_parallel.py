@@ -37,7 +37,7 @@ def fails_at_rank_1(rank: int, ranks: int, folder: str) -> None:
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError, match="error-1: what went wrong"):
-        run_ranks(fails_at_rank_1, 2, tmp_path)
+        run_ranks(fails_at_rank_1, 2, tmp_path, patience=0.1)
     assert time.monotonic() - start < 50
 
 

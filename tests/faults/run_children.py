@@ -18,9 +18,9 @@ ROOT = HERE.parent.parent
 TIMEOUT_S = 150
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """This process's environment with the tests' folders on the path of Python."""
-    path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+def environment(*, torch: bool = False, **variables: str) -> dict[str, str]:
+    """This process's environment with the tests' folders on Python's path; by default one without torch."""
+    path = os.pathsep.join(map(str, (*([] if torch else [HERE / "without_torch"]), ROOT, HERE.parent, HERE)))
     return {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **variables}
 
 

@@ -14,6 +14,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from fault_server import running
 from places import embedded, mirror_files
 from run_children import environment
@@ -45,26 +47,32 @@ print(fetch, verify)
 """
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps compiled modules from one process to the next: compiling torch's takes seconds."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 def measured(code: str, compiled: Path) -> list[float]:
     """What the code prints. ``compiled`` is a folder that keeps compiled modules from one run to the next."""
-    variables = {**environment(), "PYTHONPYCACHEPREFIX": str(compiled)}
+    variables = {**environment(torch=True), "PYTHONPYCACHEPREFIX": str(compiled)}
     variables.pop("PYTHONDONTWRITEBYTECODE")
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [float(x) for x in done.stdout.split()]
 
 
-def test_fetch_and_verification_of_the_embedded_bundle(tmp_path: Path) -> None:
-    fetch, verify = measured(TIMED.format(arguments="{}"), tmp_path)
+def test_fetch_and_verification_of_the_embedded_bundle(compiled: Path) -> None:
+    fetch, verify = measured(TIMED.format(arguments="{}"), compiled)
     assert fetch < FETCH_MS * FACTOR, f"{fetch:.2f} ms"
     assert verify < VERIFY_MS * FACTOR, f"{verify:.1f} ms"
 
 
-def test_a_warm_fetch_from_the_cache(tmp_path: Path, counts: Counter[str]) -> None:
+def test_a_warm_fetch_from_the_cache(tmp_path: Path, compiled: Path, counts: Counter[str]) -> None:
     data, text, digest = embedded()
     with running(mirror_files((data, text, digest))) as server:
         arguments = {"source": server.url, "cache_dir": str(tmp_path / "cache")}
-        fetch, verify = measured(TIMED.format(arguments=repr(arguments)), tmp_path)
+        fetch, verify = measured(TIMED.format(arguments=repr(arguments)), compiled)
         asked = len(server.requests)
     assert asked <= 4  # the index, the manifest and the bundle, once
     assert fetch < FETCH_MS * FACTOR, f"{fetch:.2f} ms"
@@ -79,8 +87,8 @@ print((time.perf_counter() - start) * 1e3)
 """
 
 
-def test_the_first_fetch_of_a_process(tmp_path: Path) -> None:
-    taken = [measured(FIRST_FETCH, tmp_path)[0] for _ in range(6)][1:]  # the first one compiles the modules
+def test_the_first_fetch_of_a_process(compiled: Path) -> None:
+    taken = [measured(FIRST_FETCH, compiled)[0] for _ in range(6)][1:]  # the first one compiles the modules
     assert statistics.median(taken) < FIRST_FETCH_MS * FACTOR, f"{taken} ms"
 
 
@@ -92,7 +100,7 @@ print((time.perf_counter() - start) * 1e3)
 """
 
 
-def test_import_adds_little_to_that_of_torch(tmp_path: Path) -> None:
-    first = measured(IMPORT, tmp_path)[0]  # compiles the modules, those of torch too
-    taken = [measured(IMPORT, tmp_path)[0] for _ in range(5)]
+def test_import_adds_little_to_that_of_torch(compiled: Path) -> None:
+    first = measured(IMPORT, compiled)[0]  # compiles the modules, those of torch too
+    taken = [measured(IMPORT, compiled)[0] for _ in range(5)]
     assert statistics.median(taken) < IMPORT_MS * FACTOR, f"{taken} ms after {first:.0f}"

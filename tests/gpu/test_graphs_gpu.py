@@ -97,9 +97,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     found: list[None] = []
     plain = product.gemm_on
 
-    def gemm_on(*arguments: Any) -> torch.Tensor:
+    def gemm_on(*arguments: Any, **options: Any) -> torch.Tensor:
         found.append(None)
-        return plain(*arguments)
+        return plain(*arguments, **options)
 
     monkeypatch.setattr(product, "gemm_on", gemm_on)
     return found
