@@ -57,8 +57,10 @@ def gemm(
     ``activation`` "swiglu": the product's columns are gate and up in turn, 8 of each (see ``prepack_gate_up``), and the
     result is silu(gate) * up, [..., N / 2]. ``out_dtype``: float32, float16 or bfloat16; None is a's. out: [..., N] or
     [..., N / 2] of that dtype, rows any distance apart. Everything is on a's device.
-    ``schedule``: one of ``supported_schedules``; None chooses. ``overlap``: False keeps this launch from reading
-    weights, scales and zeros before earlier kernels have ended; None does what ``set_overlap`` says.
+    K is read from a: packed weights do not say theirs, and any K that fills as many units of 64 goes through.
+    ``schedule``: one of ``supported_schedules``, not looked at on the CPU; None chooses. ``overlap``: False keeps this
+    launch from reading weights, scales and zeros before earlier kernels have ended; None does what ``set_overlap``
+    says.
     ``batch_invariant``: a row of the result has the same bits whatever M is and wherever the row stands, on GPUs of one
     type (name, SMs and clocks) and with one bundle. It may be slower: see ``explain``. ``schedule`` must then name one
     that adds up K in the layer's order.

@@ -33,7 +33,7 @@ from .manifest import Manifest
 from .permute_abi import HELPER_ID
 from .prepack import A_DTYPES, prepack_b
 from .product import gemm
-from .qualify_permute import qualify_permute
+from .qualify_permute import MARGIN_ROWS, MARGINS, describe, qualify_permute
 from .record import LIMITS, OUTPUTS, SCHEMA, BundleId, DeviceInfo, KernelResult, Record, ScheduleResult
 from .rounded_error import rounded_error
 from .scalar_type import SCALAR_TYPES, scalar_type
@@ -43,8 +43,6 @@ GROUPS = (-1, 32, 64, 96, 128, 192, 384)
 CASES = 20  # of each schedule: no types have more operands
 POISON = {2: 0x7FFF, 4: 0x7FFFFFFF}  # by the bytes of an element: a NaN in bf16, in fp16 and in fp32
 BITS = {2: torch.int16, 4: torch.int32}
-MARGIN_ROWS = 1
-MARGIN_COLUMNS = {True: (8, 8), False: (3, 4)}  # left, right; the latter gives odd addresses and an odd row stride
 ROWS_BEYOND = 3
 OUT_DTYPES = {**A_DTYPES, "fp32": torch.float32}  # by the names of record.OUTPUTS
 SIGNIFICANT_BITS = {"bf16": 8, "fp16": 11}
@@ -224,7 +222,7 @@ def _run_schedule(data: _Data, schedule: str, cases: Sequence[Case]) -> Schedule
         try:
             outcome = run_case(data.operands(case), case, schedule)
         except Exception as error:  # collected, so that one failure hides no other
-            failures.append(_describe(case, error))
+            failures.append(describe(case, error))
             continue
         deterministic &= outcome.deterministic
         guards_intact &= outcome.guards_intact
@@ -245,7 +243,7 @@ def _run_schedule(data: _Data, schedule: str, cases: Sequence[Case]) -> Schedule
 def run_case(operands: Operands, case: Case, schedule: str | None) -> Outcome:
     """One product, twice, each time into a freshly poisoned buffer."""
     first, second = (_product(operands, case, schedule) for _ in range(2))
-    left, right = MARGIN_COLUMNS[case.aligned]
+    left, right = MARGINS[case.aligned]
     inner = (slice(MARGIN_ROWS, -MARGIN_ROWS), slice(left, -right))
     error = rounded_error(first[inner], _expected(operands, case)) if bool(first[inner].isfinite().all()) else None
     bits = first.view(BITS[first.element_size()])
@@ -257,7 +255,7 @@ def run_case(operands: Operands, case: Case, schedule: str | None) -> Outcome:
 
 def _product(operands: Operands, case: Case, schedule: str | None) -> torch.Tensor:
     """The poisoned buffer [M + margins, columns + margins] with the product in its middle."""
-    left, right = MARGIN_COLUMNS[case.aligned]
+    left, right = MARGINS[case.aligned]
     dtype = OUT_DTYPES[case.out]
     shape = (case.m + 2 * MARGIN_ROWS, left + case.columns + right)
     bits = torch.full(shape, POISON[dtype.itemsize], dtype=BITS[dtype.itemsize], device=operands.a.device)
@@ -373,11 +371,6 @@ def _shortened(values: torch.Tensor, bits: int) -> torch.Tensor:
     if bits < 2:
         return ulp
     return (values / ulp).round() * ulp
-
-
-def _describe(case: Case, error: Exception) -> str:
-    text = f"{case}: {type(error).__name__}: {error}"
-    return re.sub(r"[^ -~]+", " ", text)[:500]
 
 
 def _device_info(index: int) -> DeviceInfo:

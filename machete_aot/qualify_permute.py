@@ -20,6 +20,7 @@ from .record import HelperResult
 ROWS = (1, 3, 64, 1000)
 COLUMNS = (8, 100, 4096, 28672)
 POISON = 0x7FFF  # what no element is
+LONGEST = 500  # characters of a failure in a record
 MARGIN_ROWS = 1
 MARGINS = {True: (8, 8), False: (3, 4)}  # columns left and right; the latter gives odd addresses and an odd row stride
 
@@ -41,6 +42,11 @@ def cases() -> Iterator[Case]:
     yield from itertools.starmap(Case, itertools.product(ROWS, COLUMNS, A_DTYPES, (True, False)))
 
 
+def describe(case: object, error: Exception) -> str:
+    """A failure in one line of ASCII, for a record."""
+    return re.sub(r"[^ -~]+", " ", f"{case}: {type(error).__name__}: {error}")[:LONGEST]
+
+
 def qualify_permute(seed: int, device: str = "cuda") -> HelperResult:
     """Runs all cases on torch's current device, each twice."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -51,7 +57,7 @@ def qualify_permute(seed: int, device: str = "cuda") -> HelperResult:
         try:
             right, repeats, inside = run_case(case, generator)
         except Exception as error:  # collected, so that one failure hides no other
-            failures.append(re.sub(r"[^ -~]+", " ", f"{case}: {type(error).__name__}: {error}")[:500])
+            failures.append(describe(case, error))
             continue
         deterministic &= repeats
         guards_intact &= inside

@@ -213,7 +213,7 @@ def _exp(x: torch.Tensor) -> torch.Tensor:
 
 def _check_zero_range(zeros: torch.Tensor | None) -> None:
     """int32 zeros fit into uint8, which ``check_gemm`` makes of them."""
-    if isinstance(zeros, torch.Tensor) and zeros.dtype == torch.int32 and zeros.numel():
+    if isinstance(zeros, torch.Tensor) and zeros.dtype == torch.int32 and zeros.numel() and not zeros.is_meta:
         least, most = (int(value) for value in zeros.aminmax())
         if least < 0 or most > 255:
             raise ArgumentError(f"integer b_zeros must be 0 to 255, found {least} to {most}")

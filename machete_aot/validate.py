@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from .config import UNIT_K
+from .config import BLOCK_K, UNIT_K
 from .errors import ArgumentError
 from .layout import packed_shape
 from .prepack import A_DTYPES
 from .scalar_type import ScalarType
 
-GROUP_MULTIPLE = 32  # every group size is a multiple of this many k
 GATE_BLOCK = 8  # columns of gate, then as many of up, in turn
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATING = frozenset(A_DTYPES.values())
@@ -234,8 +233,8 @@ def _groups(k: int, size: int | None) -> tuple[int, int]:
         return k, 1
     if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
         raise ArgumentError(f"b_group_size must be a positive int, or -1 or None for one group over K, got {size!r}")
-    if size % GROUP_MULTIPLE:
-        raise ArgumentError(f"b_group_size must be a multiple of {GROUP_MULTIPLE}, got {size}")
+    if size % BLOCK_K:
+        raise ArgumentError(f"b_group_size must be a multiple of {BLOCK_K}, got {size}")
     return (k, 1) if size >= k else (size, -(-k // size))
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..config import BLOCK_K
 from ..errors import ArgumentError, CheckpointError, UnsupportedError
 from ..layout import layout_for, packed_shape
 from ..overlap import enabled
@@ -16,14 +17,13 @@ from ..permute import permute_columns
 from ..prepack import A_DTYPES, prepack_b
 from ..product import gemm
 from ..scalar_type import ScalarType, scalar_type, u4b8
-from ..validate import GROUP_MULTIPLE
 from . import awq, compressed_tensors, gptq, hqq
 from .nearest import round_to_nearest
 from .weights import QuantizedWeights
 
 STATE_FORMAT = 1  # of the extra state
 _is_compiling = torch.compiler.is_compiling
-_ZEROS = {"none": None, "int": torch.uint8, "float": "dtype"}
+_ZEROS = ("none", "int", "float")
 
 
 class Sharding(Protocol):
@@ -307,8 +307,6 @@ def is_permutation(order: torch.Tensor) -> bool:
 def _checked_group(group_size: int | None, k: int) -> int:
     if group_size is None or group_size == -1 or group_size >= k:
         return -1
-    if group_size <= 0 or group_size % GROUP_MULTIPLE:
-        raise UnsupportedError(
-            f"groups of {group_size}; a group size is a multiple of {GROUP_MULTIPLE}, or one for all k"
-        )
+    if group_size <= 0 or group_size % BLOCK_K:
+        raise UnsupportedError(f"groups of {group_size}; a group size is a multiple of {BLOCK_K}, or one for all k")
     return group_size

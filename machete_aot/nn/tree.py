@@ -19,10 +19,10 @@ class Tree:
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self.model, self.device = model, device
-        self._names: dict[int, list[str]] = {}
+        tied: dict[int, list[str]] = {}
         for name, tensor in self._persistent():
-            self._names.setdefault(id(tensor), []).append(name)
-        self._ties = {name: names for names in self._names.values() for name in names}
+            tied.setdefault(id(tensor), []).append(name)
+        self._ties = {name: names for names in tied.values() for name in names}
         self._given: set[str] = set()
 
     def wanted(self) -> set[str]:
