@@ -72,8 +72,8 @@ class Shared:
             part = parts[index]
             assert part is not None
         last[2][index] = None
-        if all(p is None for p in last[2]) and self._last is last:
-            self._last = None
+        if all(p is None for p in last[2]):
+            self._last = None  # or what another thread has put there, whose parts are then computed again
         return part
 
 
