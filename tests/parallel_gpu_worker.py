@@ -70,7 +70,8 @@ def check(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
 
 
 def same_everywhere(found: torch.Tensor, ranks: int, what: str) -> None:
-    others = [torch.empty_like(found) for _ in range(ranks)]
+    with torch.inference_mode(False):  # as in machete_aot/nn/parallel.py
+        others = [torch.empty_like(found) for _ in range(ranks)]
     dist.all_gather(others, found.contiguous())
     assert all(torch.equal(other, found) for other in others), f"{what}: ranks have different results"
 

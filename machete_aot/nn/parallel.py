@@ -145,7 +145,8 @@ class _Gather:
     def after(self, y: torch.Tensor) -> torch.Tensor:
         widest = max(self.sizes)  # gloo gathers equal sizes alone
         padded = torch.nn.functional.pad(y, (0, widest - y.shape[-1])) if y.shape[-1] < widest else y.contiguous()
-        parts = [torch.empty_like(padded) for _ in self.sizes]
+        with torch.inference_mode(False):  # gloo writes in threads of its own, which torch 2.4 keeps off others
+            parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[..., :size] for part, size in zip(parts, self.sizes, strict=True)], dim=-1)
 
