@@ -33,11 +33,7 @@ def permute_columns(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | No
     Gradients are neither needed nor computed: ``requires_grad`` is ignored. Raises ArgumentError, DeviceError,
     CaptureError and BundleError; MissingError where the bundle in use does not have the kernel.
     """
-    if (
-        product._is_compiling()
-        or ((product._modes() or a.__class__ is not torch.Tensor) and product._is_seen(a))
-        or product._tracing_state() is not None
-    ):
+    if product.is_traced(a):
         return product.as_operator("permute_columns", out, (a, order), {})
     if not (isinstance(a, torch.Tensor) and a.is_cuda):
         return permute_by_torch(a, order, out)

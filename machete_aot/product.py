@@ -70,11 +70,7 @@ def gemm(
     Returns out, or a new tensor; no gradients. Raises ArgumentError, UnsupportedError, DeviceError, CaptureError and
     BundleError.
     """
-    if (
-        _is_compiling()
-        or ((_modes() or a.__class__ is not torch.Tensor) and _is_seen(a))
-        or _tracing_state() is not None
-    ):
+    if is_traced(a):
         return _traced(
             a, b, b_type, b_scales, b_zeros, b_group_size, bias, out, schedule, overlap, batch_invariant,
             channel_scales, token_scales, activation, out_dtype,
@@ -248,11 +244,13 @@ def as_operator(
     return out
 
 
-def _is_seen(a: object) -> bool:
-    """Whether some mode sees what is done to this tensor, or it stands for others: a fake one, or a tracer's."""
-    if not isinstance(a, torch.Tensor):
+def is_traced(a: object) -> bool:
+    """Whether torch compiles or traces, some mode sees what is done to this tensor, or it stands for others."""
+    if _is_compiling() or _tracing_state() is not None:
+        return True
+    if a.__class__ is torch.Tensor and not _modes():  # as nearly always; the rest takes longer
         return False
-    return bool(_modes()) or stands_for_others(a)
+    return isinstance(a, torch.Tensor) and (bool(_modes()) or stands_for_others(a))
 
 
 class _GroupSizeError(ArgumentError):

@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from checkpoints import FP16, Case, make, toy
 from machete_aot.errors import CheckpointError, MacheteError
 from machete_aot.nn import ColumnParallel, MacheteLinear, RowParallel, fuse, save_prepacked
+from machete_aot.nn.fuse import merge_gate_up
 
 ULP = 2.0**-11
 
@@ -73,6 +74,9 @@ def pairs(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     assert parts[0].out_features == parts[1].in_features == (192 if rank == ranks - 1 else 128)
     error = float((parts(x).double() - expected.double()).norm() / expected.double().norm())
     assert error < 2e-3, error
+    halves = [layer(case, middle, 128, seed, bias=False) for seed in (1, 2)]
+    both = parallelize_module(merge_gate_up(*halves), mesh, ColumnParallel(uneven=True, multiple=64))
+    assert both.out_features == parts[0].out_features  # counted in outputs, each of two columns
     refused(lambda: ColumnParallel(multiple=96), ValueError, "a positive multiple of 64")
 
 

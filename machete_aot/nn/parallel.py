@@ -27,27 +27,25 @@ class ColumnParallel(ParallelStyle):
 
     ``gather_output``: collect all outputs, [..., N], on every rank. ``uneven``: ranks may have different numbers of
     outputs, where N is not a multiple of 64 * ranks; whole units of 64 either way. ``multiple``: cut in units of so
-    many outputs, a multiple of 64: where a RowParallel layer takes these outputs in its parts, both must be cut at the
-    same places, and that one is cut in units of lcm(64, its group size), 128 for groups of 128. Of a layer with
-    activation "swiglu" the interleaved columns are cut, 64 of them being 32 outputs.
+    many outputs, a multiple of 64; None, of 64 columns. Where a RowParallel layer takes these outputs in its parts,
+    both must be cut at the same places, and that one is cut in units of lcm(64, its group size), 128 for groups of 128.
+    Of a layer with activation "swiglu" the interleaved columns are cut, 64 of them being 32 outputs.
     """
 
-    def __init__(self, *, gather_output: bool = False, uneven: bool = False, multiple: int = UNIT_ROWS) -> None:
+    def __init__(self, *, gather_output: bool = False, uneven: bool = False, multiple: int | None = None) -> None:
         super().__init__()
-        if not isinstance(multiple, int) or multiple < UNIT_ROWS or multiple % UNIT_ROWS:
+        if multiple is not None and (not isinstance(multiple, int) or multiple < UNIT_ROWS or multiple % UNIT_ROWS):
             raise ArgumentError(f"multiple must be a positive multiple of {UNIT_ROWS} outputs, got {multiple!r}")
         self.gather_output, self.uneven, self.multiple = gather_output, uneven, multiple
 
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
         layer, ranks, rank = _checked(module, device_mesh)
-        unit = self.multiple
-        if layer.activation is not None and unit > UNIT_ROWS:
-            unit *= 2  # columns for as many outputs
+        per_output = 1 if layer.activation is None else 2
+        unit = UNIT_ROWS if self.multiple is None else per_output * self.multiple
         cuts = cut(layer.columns, unit, ranks, self.uneven, "N")
         shard_columns(layer, cuts[rank], cuts[rank + 1])
         if self.gather_output:
-            per_column = 1 if layer.activation is None else 2
-            sizes = [(end - start) // per_column for start, end in pairwise(cuts)]
+            sizes = [(end - start) // per_output for start, end in pairwise(cuts)]
             layer.sharding = _Gather(device_mesh.get_group(), tuple(sizes), rank)
         return layer
 

@@ -26,14 +26,14 @@ from ..errors import CheckpointError
 from ..layout import LAYOUTS, layout_for
 from ..prepack import A_DTYPES, A_NAMES
 from ..publish import publish
-from .checkpoint import PREPACKED_INDEX, Checkpoint, read_json, write_tensors
+from .checkpoint import PREPACKED_INDEX as INDEX
+from .checkpoint import Checkpoint, read_json, write_tensors
 from .fuse import DOWN, GateUpMLP, attach_merged, merged_parts
 from .linear import MacheteLinear, is_permutation
 from .tree import Tree, target_device
 
 FORMAT = "machete-aot-prepacked"
 FORMAT_VERSION = 1
-INDEX = PREPACKED_INDEX
 SHARD_BYTES = 4 << 30
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
