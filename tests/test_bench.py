@@ -381,6 +381,7 @@ def test_peers_are_checked_then_timed(no_gpu: None) -> None:
 def test_a_peer_that_fails_or_is_wrong_is_not_timed(
     no_gpu: None, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], problem: str
 ) -> None:
+    torch.manual_seed(0)  # how far rounding takes 1.02 from 0.020 depends on the data
     for row in measured(FakePeer("bad", change), FakePeer("good", good)):
         bad = row.peers["bad"]
         assert bad.us is None and re.fullmatch(problem, bad.problem or "")
