@@ -42,8 +42,8 @@ from .helpers import Helper
 NAME = "machete-aot"
 COMPUTE_CAPABILITY = (9, 0)
 MIN_DRIVER = 12000  # driver 525: the first that loads any cubin of ptxas 12.x, and that has cuLibraryLoadData
-LEVEL = 19
-DICTIONARY_CUBINS = 24  # the more, the smaller the bundle, and the longer a family's first kernel takes to load
+LEVEL = 22
+DICTIONARY_CUBINS = 26  # the more, the smaller the bundle, and the longer a family's first kernel takes to load
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 A kernel takes two parameters by value: three CUtensorMap of 128 bytes each (offset 0), of the activations, the scales
 and the zero points, and ``GemmParams`` (offset 384). ``python -m build_kernels abi`` writes csrc/kernels/gemm_params.h
 from ``FIELDS``; a test compiles that header and compares every offset with ``OFFSETS``. Change a field and
-``ABI_VERSION`` must change with it.
+``ABI_VERSION`` must change with it, and with ``TileConfig.shared_memory``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 TENSOR_MAP_BYTES = 128
 MAPS = 3  # tensor maps of a launch: only with FLAG_SCALE_MAPS are those of scales and, if there are any, zeros read
 ONE_GROUP = 2**26  # group_blocks where one scale serves all of K: more blocks than any K has

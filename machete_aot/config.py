@@ -196,7 +196,8 @@ class TileConfig:
 
     def shared_memory(self, split: int, types: TypeConfig) -> int:
         """Bytes of dynamic shared memory of a launch of a kernel of these types with this split of K."""
-        end = ceil_div(self.barriers_at(types) + (2 * self.stages + 1) * 8, 128) * 128
+        barriers = (4 if self.tokens < 128 else 2) * self.stages + 1  # full and empty, of both operands or of each
+        end = ceil_div(self.barriers_at(types) + barriers * 8, 128) * 128
         if self.family == "flat":
             chunks = 0 if self.tokens < 64 else 1 if types.general else 2  # of output, 16 tokens by 64 rows
             return end + self.row_warpgroups * chunks * 16 * 128

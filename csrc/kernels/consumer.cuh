@@ -56,6 +56,10 @@ struct Consumer {
   static_assert(UNITS % 2 == 0, "the two sets of fragments alternate");
   static_assert(T::GENERAL == Types::GENERAL);
   static constexpr int PARTS = T::UNIT_BYTES / PART_BYTES;
+  // Zero points leave two CTAs an SM no register to spare. There the activations' barrier is not tested ahead, and
+  // weights are released when fewer registers are in use, half a percent slower; of fine groups that is after a
+  // conversion too.
+  static constexpr bool TIGHT = T::GENERAL && T::CTAS_PER_SM > 1, LATE_RELEASE = TIGHT && !T::FINE;
   static constexpr int PART_ROWS = T::UNITS * T::HALVES;  // positions of scales of a part of a stage's K
 
   const Ring<T> ring;
@@ -89,11 +93,12 @@ struct Consumer {
     for (int b = 0; b < T::BLOCKS; b++)
 #pragma unroll
       for (int i = 0; i < T::TOKENS / 2; i++) acc[b][i] = 0;
-    mbar_wait(ring.full(0), parity(0));
+    mbar_wait(ring.weights_full(0), parity(0));
     load(0, 0);
     convert(0, frag[0]);
     load(0, 1);
     constexpr uint32_t ALL = uint32_t((uint64_t(1) << T::STAGES) - 1);
+    uint32_t acts_ready = 0;
 #pragma unroll 1
     for (int left = steps; left > 0; left -= T::STAGES) {
       const uint64_t acts = wgmma_descriptor(uniform(ring.acts(0) + acts_offset));
@@ -103,28 +108,32 @@ struct Consumer {
         if (T::ONE_RANGE && left - slot == late_steps) launch_dependents();
         const int next_slot = (slot + 1) % T::STAGES, old_slot = (slot + T::STAGES - 1) % T::STAGES;
         const uint32_t next_parity = parity(next_slot) ^ (next_slot == 0);
-        uint32_t ready = 1;
+        uint32_t weights_ready = 1;
+        if (T::APART && !acts_ready) mbar_wait(ring.acts_full(slot), parity(slot));
 #pragma unroll
-        for (int u = 0; u < UNITS; u++) {
+        for (int u = 0; u < UNITS; u++) {  // barriers are tested before a conversion, and looked at after it
           const bool to_next = u == UNITS - 2 && slot + 1 < left;  // the unit to load is the next step's first
-          if (to_next) ready = mbar_test(ring.full(next_slot), next_parity);  // looked at after a conversion
+          if (to_next) weights_ready = mbar_test(ring.weights_full(next_slot), next_parity);
+          if (LATE_RELEASE && u == UNITS - 1) ring.release_weights(slot, lane);
           multiply_unit(acc[u % T::BLOCKS], frag[u % 2],
                         acts + (slot * T::ACTS_BYTES + u / T::BLOCKS * T::ACTS_TILE >> 4));
-          if (u == 0 && (slot > 0 || left < steps)) ring.release(old_slot, lane);  // its last unit has retired
+          if (u == 0 && (slot > 0 || left < steps)) ring.release_acts(old_slot, lane);  // its last unit has retired
+          if (T::APART && !TIGHT && u == UNITS - 1) acts_ready = mbar_test(ring.acts_full(next_slot), next_parity);
           convert((u + 1) % UNITS, frag[(u + 1) % 2]);
-          if (to_next && !ready) mbar_wait(ring.full(next_slot), next_parity);
+          if (!LATE_RELEASE && u == UNITS - 2) ring.release_weights(slot, lane);  // its last unit is in registers
+          if (to_next && !weights_ready) mbar_wait(ring.weights_full(next_slot), next_parity);
           load(u + 2 < UNITS ? slot : next_slot, (u + 2) % UNITS);  // (the last step's for nothing, and the conversion)
         }
       }
       fillings ^= left >= T::STAGES ? ALL : (1u << left) - 1;
     }
     wgmma_wait<0>();
-    ring.release((steps + T::STAGES - 1) % T::STAGES, lane);
+    ring.release_acts((steps + T::STAGES - 1) % T::STAGES, lane);
   }
 
-  // Waits for a filling of `slot` that holds something else than a step.
-  DEVICE void wait(int slot) {
-    mbar_wait(ring.full(slot), parity(slot));
+  // Waits for a filling of a slot's activations with something else than a step.
+  DEVICE void wait_acts(int slot) {
+    mbar_wait(ring.acts_full(slot), parity(slot));
     fillings ^= 1u << slot;
   }
 

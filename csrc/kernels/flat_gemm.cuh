@@ -112,10 +112,10 @@ struct Work {
 };
 
 // Partial tiles in global memory, one place a share and CTA of its cluster. The giver's consumers store theirs and go
-// on; a producer warp says so with a flag when all have. The taker's weight producer waits for the flag and copies the
-// partial tile into the ring behind the last step, in chunks of a stage's activations. The flag's value, p.token, is
-// new in every launch, so the memory need not be cleared, and the taker overwrites it, so that a launch repeated in a
-// graph does not find the last one's.
+// on; a producer warp says so with a flag when all have. The taker's producer of activations waits for the flag and
+// copies the partial tile into the ring behind the last step, in chunks of a stage's activations. The flag's value,
+// p.token, is new in every launch, so the memory need not be cleared, and the taker overwrites it, so that a launch
+// repeated in a graph does not find the last one's.
 template <class T>
 struct Partials {
   static constexpr int VECTORS = T::BLOCKS * T::TOKENS / 8;  // of 16 bytes, of a thread
@@ -149,7 +149,7 @@ struct Partials {
     mbar_wait(given, 0);
     store_release(flag(p, Work<T>::share()), p.token);
   }
-  // The taker's weight producer: share `share` into the ring, from slot 0 on.
+  // The taker's producer of activations: share `share` into their part of the ring, from slot 0 on.
   static DEVICE void load(const GemmParams& p, int share, const Ring<T>& ring, Position<T::STAGES>& at) {
     while (load_acquire(flag(p, share)) != p.token) {
     }
@@ -158,10 +158,10 @@ struct Partials {
     const uint8_t* src = place(p, share);
     const uint64_t policy = policy_evict_first();
     for (int c = 0; c < CHUNKS; c++) {
-      mbar_wait(ring.empty(at.slot), at.free_parity());
-      for (int other = 1; other < PRODUCERS; other++) mbar_arrive(ring.full(at.slot));  // in place of those that ended
-      mbar_expect(ring.full(at.slot), BYTES / CHUNKS);
-      bulk_copy(ring.acts(at.slot), src + c * (BYTES / CHUNKS), BYTES / CHUNKS, ring.full(at.slot), policy);
+      mbar_wait(ring.acts_empty(at.slot), at.free_parity());
+      for (int other = 1; other < ring.ACTS_ARRIVALS; other++) mbar_arrive(ring.acts_full(at.slot));
+      mbar_expect(ring.acts_full(at.slot), BYTES / CHUNKS);  // the arrivals above stand for producers that have ended
+      bulk_copy(ring.acts(at.slot), src + c * (BYTES / CHUNKS), BYTES / CHUNKS, ring.acts_full(at.slot), policy);
       at.advance();
     }
     at.rewind();
@@ -172,7 +172,7 @@ struct Partials {
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       const int slot = c % T::STAGES;
-      consumer.wait(slot);
+      consumer.wait_acts(slot);
 #pragma unroll
       for (int i = 0; i < CHUNK_VECTORS; i++) {
         const int v = c * CHUNK_VECTORS + i;
@@ -183,7 +183,7 @@ struct Partials {
         sum[2] += x.z;
         sum[3] += x.w;
       }
-      consumer.ring.release(slot, lane);
+      consumer.ring.release_acts(slot, lane);
     }
   }
 };
@@ -220,17 +220,11 @@ DEVICE void flat_gemm(const TensorMaps& maps, const GemmParams& p) {
       for (int filled = 0; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
         WeightProducer<T> weights(p, row0, work.from * T::STEP_UNITS, k_units);
-        fill(own, at, work.to - work.from, [&](int slot, int) {
+        fill<Operand::Weights>(own, at, work.to - work.from, [&](int slot, int) {
           weights.load(own, slot, policy);
           if (filled < T::STAGES) pace.hold(++filled * T::WEIGHTS_BYTES);
         });
       }
-      for (int share = Work<T>::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
-        Partials<T>::load(p, ++share, own, at);
-        done += Work<T>::share_steps(p, share);
-      }
-      if (T::CLUSTER > 1)  // we stay until all consumers have released our last slots, so nothing comes after us
-        for (at.rewind(); at.slot < T::STAGES; at.slot++) mbar_wait(own.empty(at.slot), at.free_parity());
     } else if (warp == T::WARPS + 1 && elect_one()) {
       int row0, token0;
       Work<T> work(p);
@@ -239,10 +233,16 @@ DEVICE void flat_gemm(const TensorMaps& maps, const GemmParams& p) {
                                 // to them depend on these loads
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
-        fill(own, at, work.to - work.from, [&](int slot, int step) {
+        fill<Operand::Acts>(own, at, work.to - work.from, [&](int slot, int step) {
           load_acts(own, slot, maps.acts, p, token0, (work.from + step) * T::STEP_UNITS, cta_rank<T>());
         });
       }
+      for (int share = Work<T>::share(), done = work.from > 0 ? p.steps : work.to; done < p.steps;) {
+        Partials<T>::load(p, ++share, own, at);
+        done += Work<T>::share_steps(p, share);
+      }
+      if (T::CLUSTER > 1)  // we stay until all consumers have released our last slots, so nothing comes after us
+        for (at.rewind(); at.slot < T::STAGES; at.slot++) mbar_wait(own.acts_empty(at.slot), at.free_parity());
     } else if (warp == T::WARPS + 2 && elect_one()) {
       int row0, token0;
       Work<T> work(p);
@@ -251,7 +251,7 @@ DEVICE void flat_gemm(const TensorMaps& maps, const GemmParams& p) {
       for (; work.next(); at.rewind()) {
         place_tile<T>(p, work.tile, row0, token0);
         ScaleProducer<T> scales(maps, p, row0, work.from * T::STEP_UNITS);
-        fill(own, at, work.to - work.from, [&](int slot, int) { scales.load(own, slot, policy); });
+        fill<Operand::Weights>(own, at, work.to - work.from, [&](int slot, int) { scales.load(own, slot, policy); });
       }
     } else if (warp == T::WARPS + 3 && elect_one() && Work<T>::gives(p)) {
       Partials<T>::announce(p, own.extra_barrier());

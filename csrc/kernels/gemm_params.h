@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MACHETE_ABI_VERSION = 6 };
+enum { MACHETE_ABI_VERSION = 7 };
 
 enum {
   FLAG_ACTS_2D = 1,

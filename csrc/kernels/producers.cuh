@@ -7,12 +7,14 @@
 
 namespace machete {
 
-// One producer's loop over `steps` stages: `load(slot, step)` each time that a slot is free.
-template <class T, class Load>
+// One producer's loop over `steps` stages: `load(slot, step)` each time that its place in a slot is free, of
+// activations or of what goes with the weights.
+enum class Operand { Weights, Acts };
+template <Operand Of, class T, class Load>
 DEVICE void fill(const Ring<T>& ring, Position<T::STAGES>& at, int steps, Load load) {
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
-    mbar_wait(ring.empty(at.slot), at.free_parity());
+    mbar_wait(Of == Operand::Acts ? ring.acts_empty(at.slot) : ring.weights_empty(at.slot), at.free_parity());
     load(at.slot, step);
     at.advance();
   }
@@ -40,7 +42,7 @@ struct WeightProducer {
     strips = (min(T::ROWS, p.n - row0) + UNIT_ROWS - 1) / UNIT_ROWS;
   }
   DEVICE void load(const Ring<T>& ring, int slot, uint64_t policy) {
-    const uint32_t bytes = min(T::STEP_UNITS, units - unit) * T::UNIT_BYTES, bar = ring.full(slot);
+    const uint32_t bytes = min(T::STEP_UNITS, units - unit) * T::UNIT_BYTES, bar = ring.weights_full(slot);
     if (T::CLUSTER > 1 && strips <= 0) {  // all rows are past n
       mbar_arrive(bar);
       return;
@@ -86,7 +88,7 @@ struct ScaleProducer {
 
  private:
   DEVICE void load_groups(const Ring<T>& ring, int slot, uint64_t policy, bool zeros, bool integers) {
-    const uint32_t bar = ring.full(slot);
+    const uint32_t bar = ring.weights_full(slot);
     mbar_expect(bar, walk.groups * (zeros ? 2 * T::SCALE_ROW : T::SCALE_ROW));
     tensor_copy_2d(ring.scales(slot), &maps.scales, row0, walk.index, bar, policy);
     if (zeros) tensor_copy_2d(ring.zeros(slot), &maps.zeros, integers ? row0 / 2 : row0, walk.index, bar, policy);
@@ -94,7 +96,7 @@ struct ScaleProducer {
   }
   DEVICE void load_rows(const Ring<T>& ring, int slot, uint64_t policy, bool zeros, bool integers) {
     const int rows = min(T::ROWS, p.n - row0), log_size = integers ? 0 : 1;  // of a zero point
-    const uint32_t bar = ring.full(slot), scale_bytes = (rows + 7) / 8 * 16;
+    const uint32_t bar = ring.weights_full(slot), scale_bytes = (rows + 7) / 8 * 16;
     const uint32_t zero_bytes = !zeros ? 0 : integers ? (rows + 15) / 16 * 16 : scale_bytes;
     if (T::CLUSTER > 1 && rows <= 0) {  // all rows are past n
       mbar_arrive(bar);
@@ -124,7 +126,7 @@ DEVICE void load_acts(const Ring<T>& ring, int slot, const CUtensorMap& map, con
   static_assert(T::STEP_UNITS % T::CLUSTER == 0, "every CTA copies as many units");
   constexpr int UNITS = T::STEP_UNITS / T::CLUSTER;
   constexpr uint16_t ALL = (1 << T::CLUSTER) - 1;
-  const uint32_t bar = ring.full(slot);
+  const uint32_t bar = ring.acts_full(slot);
   mbar_expect(bar, min(p.m, T::TOKENS) * (T::ACTS_BYTES / T::TOKENS));
   if (p.flags & FLAG_ACTS_2D) {
     for (int u = rank * UNITS; u < (rank + 1) * UNITS; u++) {

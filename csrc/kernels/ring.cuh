@@ -2,14 +2,19 @@
 // What both families share: the shared-memory ring's layout. producers.cuh fills it, consumer.cuh empties it.
 //
 // A ring stage holds one step of K: activations (128-byte swizzled tiles of TOKENS rows x 64 k), prepacked weights,
-// scales and zero points. One full barrier a stage counts the producers; one empty barrier counts the consumer warps.
+// scales and zero points. Full barriers count the producers, empty ones the consumer warps. Weights, with scales and
+// zero points, go through registers two units before they are multiplied, and their place is free as soon as the last
+// of a stage is converted; activations are read by the multiplications themselves, and are needed when the first of
+// these starts until the last has ended. So they have barriers of their own (APART): with one pair for both, a stage
+// would be in use for two units longer at either end, of a ring of 8 to 24 units. That is worth 1 to 5% up to 64 tokens
+// and costs 2% above, where the tensor cores set the pace.
 //
 // Groups of k that are not multiples of 64, "fine" ones, have their scales change within units. They have kernels of
 // their own: with a branch in each unit those of other groups would take up to a tenth longer.
 //
 // The CTAs of a tile's cluster (CLUSTER; not those that family "stream" divides K among) have different rows and the
-// same tokens. Each copies its part of a step's activations, into all of them. So their rings are filled in step: a
-// slot is free when the consumers of all CTAs have released it.
+// same tokens. Each copies its part of a step's activations, into all of them. So these are filled in step: the place
+// of a slot's activations is free when the consumers of all CTAs have released it.
 #pragma once
 #include <cuda.h>
 
@@ -37,6 +42,7 @@ struct Tile {
   static constexpr int CTAS_PER_SM = CtasPerSm;  // resident ones, which bounds the registers
   static constexpr int CLUSTER = Cluster;        // CTAs that share activations
   static constexpr int UNIT_BYTES = UnitBytes;   // of a prepacked unit
+  static constexpr bool APART = Tokens < 128;    // weights and activations have barriers of their own
   static constexpr bool GENERAL = AuxRows > 1;   // beside a row of scales there is one of zero points
   static constexpr bool FINE = AuxRows == 4;     // and each half of a unit has its own
   static constexpr int HALVES = FINE ? 2 : 1;
@@ -60,7 +66,7 @@ struct Tile {
   static constexpr uint32_t WEIGHTS_AT = STAGES * ACTS_BYTES;
   static constexpr uint32_t SCALES_AT = WEIGHTS_AT + STAGES * WEIGHTS_BYTES;
   static constexpr uint32_t BARRIERS_AT = SCALES_AT + STAGES * AUX_BYTES;
-  static constexpr uint32_t RING_END = (BARRIERS_AT + (2 * STAGES + 1) * 8 + 127) / 128 * 128;
+  static constexpr uint32_t RING_END = (BARRIERS_AT + ((APART ? 4 : 2) * STAGES + 1) * 8 + 127) / 128 * 128;
 };
 
 // Bytes of dynamic shared memory of a launch; machete_aot/config.py has the same formula.
@@ -90,26 +96,41 @@ struct Ring {
   DEVICE uint32_t weights(int slot) const { return base + T::WEIGHTS_AT + slot * T::WEIGHTS_BYTES; }
   DEVICE uint32_t scales(int slot) const { return base + T::SCALES_AT + slot * T::AUX_BYTES; }
   DEVICE uint32_t zeros(int slot) const { return scales(slot) + T::SCALES_BYTES; }
-  DEVICE uint32_t full(int slot) const { return base + T::BARRIERS_AT + 8 * slot; }
-  DEVICE uint32_t empty(int slot) const { return base + T::BARRIERS_AT + 8 * (T::STAGES + slot); }
-  DEVICE uint32_t extra_barrier() const { return base + T::BARRIERS_AT + 16 * T::STAGES; }
+  DEVICE uint32_t weights_full(int slot) const { return barrier(slot); }
+  DEVICE uint32_t weights_empty(int slot) const { return barrier(T::STAGES + slot); }
+  DEVICE uint32_t acts_full(int slot) const { return barrier((T::APART ? 2 : 0) * T::STAGES + slot); }
+  DEVICE uint32_t acts_empty(int slot) const { return barrier((T::APART ? 3 : 1) * T::STAGES + slot); }
+  DEVICE uint32_t extra_barrier() const { return barrier((T::APART ? 4 : 2) * T::STAGES); }
 
+  static constexpr int ACTS_ARRIVALS = T::APART ? 1 : PRODUCERS;  // that complete a slot's activations
   DEVICE void init_barriers() const {
-    for (int s = 0; s < T::STAGES; s++) {
-      mbar_init(full(s), PRODUCERS);  // one arrival by each, and their bytes
-      mbar_init(empty(s), T::CLUSTER * T::WARPS * ARRIVALS);
+    for (int s = 0; s < T::STAGES; s++) {  // full: one arrival by each producer, and their bytes
+      if (T::APART) mbar_init(weights_full(s), PRODUCERS - 1);
+      if (T::APART) mbar_init(weights_empty(s), T::WARPS * ARRIVALS);
+      mbar_init(acts_full(s), ACTS_ARRIVALS);
+      mbar_init(acts_empty(s), T::CLUSTER * T::WARPS * ARRIVALS);
     }
   }
-  DEVICE void release(int slot, int lane) const {  // by a consumer warp that has read a stage for the last time
-    __syncwarp();                                  // orders the other lanes' reads before the arrival
+  // By a consumer warp that has read a stage's weights, scales and zero points, or its activations, for the last time.
+  // The warp's barrier orders the other lanes' reads before the arrival.
+  DEVICE void release_weights(int slot, int lane) const {
+    if (!T::APART) return;
+    __syncwarp();
+    if (ARRIVALS == 32 || lane == 0) mbar_arrive(weights_empty(slot));
+  }
+  DEVICE void release_acts(int slot, int lane) const {
+    __syncwarp();
     if (T::CLUSTER == 1) {
-      if (ARRIVALS == 32 || lane == 0) mbar_arrive(empty(slot));
+      if (ARRIVALS == 32 || lane == 0) mbar_arrive(acts_empty(slot));
     } else if (ARRIVALS == 1) {  // lane r tells rank r, whose copies come here too
-      if (lane < T::CLUSTER) mbar_arrive_at(peer_address(empty(0), lane) + 8 * slot);
+      if (lane < T::CLUSTER) mbar_arrive_at(peer_address(acts_empty(0), lane) + 8 * slot);
     } else {
-      for (int rank = 0; rank < T::CLUSTER; rank++) mbar_arrive_at(peer_address(empty(slot), rank));
+      for (int rank = 0; rank < T::CLUSTER; rank++) mbar_arrive_at(peer_address(acts_empty(slot), rank));
     }
   }
+
+ private:
+  DEVICE uint32_t barrier(int i) const { return base + T::BARRIERS_AT + 8 * i; }
 };
 
 // A producer's position in the ring.

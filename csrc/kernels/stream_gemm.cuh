@@ -95,7 +95,7 @@ DEVICE void stream_gemm(const TensorMaps& maps, const GemmParams& p) {
       if (warp == T::WARPS) {
         WeightProducer<T> weights(p, read0, unit0, k_units);
         const Pace pace;
-        fill(own, at, steps, [&](int slot, int step) {
+        fill<Operand::Weights>(own, at, steps, [&](int slot, int step) {
           weights.load(own, slot, policy);
           if (step < T::STAGES) pace.hold((step + 1) * T::WEIGHTS_BYTES);
         });
@@ -103,12 +103,13 @@ DEVICE void stream_gemm(const TensorMaps& maps, const GemmParams& p) {
         prefetch_tensor_map(&maps.acts);
         wait_for_predecessors();  // activations and output belong to earlier kernels until here; stores depend on these
                                   // loads
-        fill(own, at, steps,
-             [&](int slot, int step) { load_acts(own, slot, maps.acts, p, token0, unit0 + step * T::STEP_UNITS); });
+        fill<Operand::Acts>(own, at, steps, [&](int slot, int step) {
+          load_acts(own, slot, maps.acts, p, token0, unit0 + step * T::STEP_UNITS);
+        });
       } else {
         prefetch_tensor_map(&maps.scales);
         ScaleProducer<T> scales(maps, p, read0, unit0);
-        fill(own, at, steps, [&](int slot, int) { scales.load(own, slot, policy); });
+        fill<Operand::Weights>(own, at, steps, [&](int slot, int) { scales.load(own, slot, policy); });
       }
     }
     meet_cluster();

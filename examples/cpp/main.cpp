@@ -74,7 +74,8 @@ machete_loader_plan plan_of(const Json& kernel, std::int64_t m, std::int64_t n, 
   const std::int64_t workers = tile["k_warpgroups"].integer(), units = workers * tile["units"].integer();
   const std::int64_t tokens = tile["tokens"].integer(), stages = tile["stages"].integer();
   const std::int64_t stage = units * (tokens * 128 + rows / 64 * 2048 + rows * 2);  // activations, weights, scales
-  const std::int64_t barriers = ceil_div(stages * stage + (2 * stages + 1) * 8, 128) * 128;
+  const std::int64_t a_stage = tokens < 128 ? 4 : 2;                                // barriers
+  const std::int64_t ring = ceil_div(stages * stage + (a_stage * stages + 1) * 8, 128) * 128;
   const std::int64_t slabs = workers * (workers - 1) * (rows / 16 / workers) * 16 * tokens * 4;
 
   machete_loader_plan plan{};
@@ -89,7 +90,7 @@ machete_loader_plan plan_of(const Json& kernel, std::int64_t m, std::int64_t n, 
     plan.block[i] = i ? 1 : static_cast<std::uint32_t>(kernel["threads"].integer());
     plan.cluster[i] = 1;
   }
-  plan.shared_memory = static_cast<std::uint32_t>(barriers + slabs);
+  plan.shared_memory = static_cast<std::uint32_t>(ring + slabs);
   // k is a multiple of 64; a single tile of tokens is copied as far as it is filled.
   const bool full = m >= tokens;
   plan.acts = full ? map_of({64, m, k / 64}, {2 * k, 128}, {64, tokens, units}) : map_of({k, m}, {2 * k}, {64, m});
