@@ -105,7 +105,7 @@ def ratio(over: Times, under: Times, m: int) -> str:
 def means(run: Run, fp16: Run, group_128: Run, group_64: Run, one_group: Run) -> list[str]:
     """Of each M, over all shapes: speed-up, aim, worst shape, time over floor, fp16, and other groups' time / 128's.
 
-    Groups were timed in three runs with the same kernels, on another card perhaps: each is taken over cuBLAS in its own.
+    Groups were timed in runs of their own with the same kernels, on other cards: each is taken over cuBLAS in its run.
     """
     other = {mean["m"]: mean["speedup"] for mean in fp16["means"]}
     ours, small, one = map(over_cublas, (group_128, group_64, one_group))
