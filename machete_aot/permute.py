@@ -21,24 +21,29 @@ from .validate import check_permutation, check_plain
 _ALONE = (1, 1, 1)  # no cluster
 
 
-def permute_columns(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def permute_columns(
+    a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | None = None, overlap: bool | None = None
+) -> torch.Tensor:
     """``a.index_select(-1, order)``: column j of the result is column ``order[j]`` of a.
 
     a: [..., K] bfloat16 or float16; order: int32 [K]; out: of the shape and dtype of a, its rows any distance apart.
     Everything is on one device. On a GPU one kernel does it, which reads the order before earlier kernels of the stream
     have ended where that is safe, as ``gemm`` reads weights (see ``set_overlap``), and lets the product behind it
-    fetch its weights meanwhile.
+    fetch its weights meanwhile. ``overlap``: False keeps this launch from reading early; None does what
+    ``set_overlap`` says.
 
     What the order holds is not looked at on a GPU: each value must be from 0 to K - 1, or memory of others is read.
     Gradients are neither needed nor computed: ``requires_grad`` is ignored. Raises ArgumentError, DeviceError,
     CaptureError and BundleError; MissingError where the bundle in use does not have the kernel.
     """
     if product.is_traced(a):
-        return product.as_operator("permute_columns", out, (a, order), {})
+        return product.as_operator(
+            "permute_columns", out, (a, order), {"overlap": product.traced_overlap(overlap, order)}
+        )
     if not (isinstance(a, torch.Tensor) and a.is_cuda):
         return permute_by_torch(a, order, out)
     index = a.get_device()
-    return permute_on(index, product._current_stream(index), a, order, out)
+    return permute_on(index, product._current_stream(index), a, order, out, overlap)
 
 
 @torch.no_grad()
@@ -50,7 +55,12 @@ def permute_by_torch(a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | N
 
 
 def permute_on(
-    index: int, stream: int, a: torch.Tensor, order: torch.Tensor, out: torch.Tensor | None = None
+    index: int,
+    stream: int,
+    a: torch.Tensor,
+    order: torch.Tensor,
+    out: torch.Tensor | None = None,
+    overlap_wish: bool | None = None,
 ) -> torch.Tensor:
     """``permute_columns`` on a stream (a CUstream) of device ``index``, which is where the tensors are."""
     a2d, order, out2d = check_permutation(a, order, out)
@@ -73,10 +83,10 @@ def permute_on(
             _launch(kernel, plan, parameters, stream, early)
 
         if driver.is_current(device):
-            overlap.launch_after_writes((order,), None, stream, launch)
+            overlap.launch_after_writes((order,), overlap_wish, stream, launch)
         else:  # a new thread has no context yet
             with driver.current(device):
-                overlap.launch_after_writes((order,), None, stream, launch)
+                overlap.launch_after_writes((order,), overlap_wish, stream, launch)
     if out is not None:
         overlap.count_write(out)
         return out

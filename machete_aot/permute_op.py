@@ -10,20 +10,21 @@ from .torch_op import _fake_into_out, _into_out, _library, _no_gradient, _tags
 from .validate import check_permutation
 
 _Tensor = torch.Tensor
-_library.define("permute_columns(Tensor a, Tensor order) -> Tensor", tags=_tags)
-_library.define("permute_columns_out(Tensor(a!) out, Tensor a, Tensor order) -> ()", tags=_tags)
+_ARGUMENTS = "Tensor a, Tensor order, *, bool? overlap=None"
+_library.define(f"permute_columns({_ARGUMENTS}) -> Tensor", tags=_tags)
+_library.define(f"permute_columns_out(Tensor(a!) out, {_ARGUMENTS}) -> ()", tags=_tags)
 
 
-def _on_cuda(a: _Tensor, order: _Tensor, out: _Tensor | None = None) -> _Tensor:
+def _on_cuda(a: _Tensor, order: _Tensor, out: _Tensor | None = None, overlap: bool | None = None) -> _Tensor:
     index = a.get_device()
-    return permute.permute_on(index, product._current_stream(index), a, order, out)
+    return permute.permute_on(index, product._current_stream(index), a, order, out, overlap)
 
 
-def _on_cpu(a: _Tensor, order: _Tensor, out: _Tensor | None = None) -> _Tensor:
+def _on_cpu(a: _Tensor, order: _Tensor, out: _Tensor | None = None, overlap: bool | None = None) -> _Tensor:
     return permute.permute_by_torch(a, order, out)
 
 
-def _fake(a: _Tensor, order: _Tensor) -> _Tensor:
+def _fake(a: _Tensor, order: _Tensor, overlap: bool | None = None) -> _Tensor:
     """A tensor like the result, after the checks of a real call."""
     check_permutation(a, order, None)
     return a.new_empty(a.shape)

@@ -216,17 +216,23 @@ def _traced(
 ) -> torch.Tensor:
     """``gemm`` as an operator of torch, which compilers and modes see as one piece (``torch_op.py``)."""
     check_b_type(b_type)
-    if overlap is None and _is_compiling():
-        # Inductor writes one tensor object several times and counts no write: what a graph computes looks constant.
-        constants = (b, b_scales, b_zeros, bias, channel_scales)
-        if not all(t is None or isinstance(t, torch.nn.Parameter) for t in constants):
-            overlap = False
+    overlap = traced_overlap(overlap, b, b_scales, b_zeros, bias, channel_scales)
     tensors = (a, b, b_type.name, b_scales, b_zeros, b_group_size, bias, channel_scales, token_scales)
     options = {
         "schedule": schedule, "overlap": overlap, "batch_invariant": batch_invariant, "activation": activation,
         "out_dtype": out_dtype,
     }  # fmt: skip
     return as_operator("gemm", out, tensors, options)
+
+
+def traced_overlap(overlap: bool | None, *constants: torch.Tensor | None) -> bool | None:
+    """A traced call's wish for overlap: without one, none under torch.compile but beside parameters.
+
+    Inductor writes one tensor object several times and counts no write, so that what a graph computes looks constant.
+    """
+    if overlap is None and _is_compiling():
+        return None if all(t is None or isinstance(t, torch.nn.Parameter) for t in constants) else False
+    return overlap
 
 
 def as_operator(

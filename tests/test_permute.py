@@ -246,6 +246,9 @@ def test_the_order_is_read_early_once_a_launch_has_waited_for_it(stub: Stub) -> 
     assert not early()
     overlap.set_overlap(True)
     assert early()
+    for wish in (False, True):
+        permute_on(0, STREAM, a, columns, overlap_wish=wish)
+        assert stub.launches[-1].programmatic is wish
     fresh = order(64)
     stub.set(capturing=1)
     columns = fresh

@@ -51,8 +51,9 @@ def everything(layer: Layer, m: int) -> dict[str, Any]:
 def test_compiled_code_overlaps_with_what_it_did_not_compute() -> None:
     """Inductor reuses one object for several tensors, which look like a constant."""
     layer = Layer()
-    a, wide = layer.acts(5), layer.scales.float()
-    weights, parameter = (torch.nn.Parameter(x, requires_grad=False) for x in (layer.b, layer.scales))
+    a, wide, order = layer.acts(5), layer.scales.float(), torch.randperm(K, dtype=torch.int32)
+    tensors = layer.b, layer.scales, order
+    weights, parameter, kept = (torch.nn.Parameter(x, requires_grad=False) for x in tensors)
     linear = machete.nn.MacheteLinear.from_packed(layer.b, machete.u4b8, layer.scales, None, K, 128)
     cases: list[tuple[Any, bool | None]] = [
         (lambda a: machete.gemm(a, layer.b, machete.u4b8, wide.bfloat16()), False),
@@ -60,11 +61,16 @@ def test_compiled_code_overlaps_with_what_it_did_not_compute() -> None:
         (lambda a: machete.gemm(a, weights, machete.u4b8, parameter, bias=(wide[0] * 2).bfloat16()), False),
         (lambda a: machete.gemm(a, layer.b, machete.u4b8, layer.scales, overlap=True), True),
         (linear, True),
+        (lambda a: machete.permute_columns(a, order), False),
+        (lambda a: machete.permute_columns(a, kept), None),
+        (lambda a: machete.permute_columns(a, order, overlap=True), True),
     ]
+    permute = torch.ops.machete_aot.permute_columns
+    ops = (OP, OP.default, permute, permute.default)
     seen: list[object] = []
 
     def backend(module: torch.fx.GraphModule, inputs: object) -> Any:
-        seen.extend(n.kwargs.get("overlap") for n in module.graph.nodes if n.target in (OP, OP.default))
+        seen.extend(n.kwargs.get("overlap") for n in module.graph.nodes if n.target in ops)
         return module
 
     def compiled(call: Any) -> torch.Tensor:
