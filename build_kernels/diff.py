@@ -18,7 +18,8 @@ from typing import Any
 
 from machete_aot.bundle import Bundle, MemoryData, manifest_in, read_file
 from machete_aot.decode import parse_json
-from machete_aot.manifest import HelperInfo, KernelInfo, Manifest, parse_manifest
+from machete_aot.frames import manifest_text
+from machete_aot.manifest import HelperInfo, KernelInfo, parse_manifest
 from machete_aot.manifest_rules import MAX_MANIFEST_BYTES, SCHEMA
 from machete_aot.record import check_record
 
@@ -68,9 +69,10 @@ def open_named(name: str) -> Bundle:
     in that git revision. Raises BuildError, and BundleError if the bundle is damaged or its manifest not valid.
     """
     data = _embedded_in(name[:-1]) if name.endswith(":") else read_file(_file(DATA if name == EMBEDDED else Path(name)))
-    text = manifest_in(data, name)
+    frame = manifest_in(data, name)
+    text = manifest_text(frame)
     _check_schema(text, name)
-    bundle = Bundle(MemoryData(data), parse_manifest(text), text, name)
+    bundle = Bundle(MemoryData(data), parse_manifest(text), frame, name)
     if problems := bundle.verify():
         raise BuildError(f"{name} is damaged", [str(p) for p in problems])
     return bundle
@@ -87,7 +89,7 @@ def compare(old: Bundle, new: Bundle, records: Path = _RECORDS) -> Difference:
         schedules=_changes(*({s.name: s for s in m.schedules} for m in (a, b))),
         heuristic=_changes(*({t.device: t for t in m.heuristic.tables} for m in (a, b))),
         other=tuple(name for name in _OTHER if getattr(a, name) != getattr(b, name)),
-        records=_covering(b, records),
+        records=_covering(new, records),
     )
 
 
@@ -190,12 +192,12 @@ def _figures(kernel: KernelInfo | HelperInfo) -> dict[str, Any]:
     }
 
 
-def _covering(manifest: Manifest, records: Path) -> tuple[str, ...]:
+def _covering(bundle: Bundle, records: Path) -> tuple[str, ...]:
     found = []
     for path in sorted(records.glob("*.json")):
         problems: list[str] = []
         document = parse_json(path.read_bytes(), MAX_MANIFEST_BYTES, problems)
-        if not problems and not check_record(document, manifest):
+        if not problems and not check_record(document, bundle.manifest, bundle.manifest_sha256):
             found.append(path.name)
     return tuple(found)
 

@@ -10,12 +10,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import zstandard
-
 from machete_aot import abi
 from machete_aot.archive import data_offset, write_archive
 from machete_aot.bundle import MANIFEST_NAME, dictionary_name, frame_name
 from machete_aot.config import ScheduleConfig, TypeConfig
+from machete_aot.frames import compressor, manifest_frame
 from machete_aot.manifest import (
     AbiInfo,
     BundleInfo,
@@ -42,7 +41,6 @@ from .helpers import Helper
 NAME = "machete-aot"
 COMPUTE_CAPABILITY = (9, 0)
 MIN_DRIVER = 12000  # driver 525: the first that loads any cubin of ptxas 12.x, and that has cuLibraryLoadData
-LEVEL = 22
 DICTIONARY_CUBINS = 26  # the more, the smaller the bundle, and the longer a family's first kernel takes to load
 
 
@@ -79,13 +77,13 @@ class Release:
 def write_bundle(
     products: Sequence[Product], release: Release, helpers: Sequence[HelperProduct] = ()
 ) -> tuple[bytes, bytes]:
-    """The bundle's bytes and its manifest's, which are the last entry of the bundle."""
+    """The bundle's bytes and those of its last entry, the compressed manifest."""
     products = sorted(products, key=lambda p: p.kernel.id)
     helpers = sorted(helpers, key=lambda h: h.helper.id)
     raw = {family: build_dictionary(cubins) for family, cubins in _by_family(products).items()}
     # one for all frames of a family: it takes a second to index a dictionary, and a frame 40 ms
-    compressors = {family: _compressor(content) for family, content in raw.items()}
-    alone = _compressor(None)
+    compressors = {family: compressor(content) for family, content in raw.items()}
+    alone = compressor()
     files = [(dictionary_name(family), alone.compress(content)) for family, content in raw.items()]
     files += [(frame_name(p.kernel.id), compressors[p.kernel.tile.family].compress(p.cubin)) for p in products]
     files += [(frame_name(h.helper.id), alone.compress(h.cubin)) for h in helpers]
@@ -106,8 +104,8 @@ def write_bundle(
         schedules=_schedules(served(products, release.served)),
         heuristic=release.heuristic,
     )
-    text = dump_manifest(manifest)
-    return write_archive([*files, (MANIFEST_NAME, text)]), text
+    frame = manifest_frame(dump_manifest(manifest))
+    return write_archive([*files, (MANIFEST_NAME, frame)]), frame
 
 
 def build_dictionary(cubins: Mapping[str, bytes]) -> bytes:
@@ -188,13 +186,6 @@ def _spans(files: Sequence[tuple[str, bytes]]) -> list[FrameInfo]:
         spans.append(FrameInfo(offset, len(content), _sha256(content)))
         position = offset + len(content)
     return spans
-
-
-def _compressor(raw: bytes | None) -> zstandard.ZstdCompressor:
-    dictionary = None if raw is None else zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    return zstandard.ZstdCompressor(
-        level=LEVEL, dict_data=dictionary, write_content_size=True, write_checksum=False, write_dict_id=False
-    )
 
 
 def _sha256(data: bytes) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from machete_aot.fetch import PINS_SCHEMA
+from machete_aot.frames import manifest_text
 from machete_aot.manifest import Toolchain
 from machete_aot.publish import publish
 from machete_aot.version import __version__
@@ -56,7 +57,7 @@ def release(
     data.mkdir(parents=True, exist_ok=True)
     manifests.mkdir(parents=True, exist_ok=True)
     publish(data / BUNDLE_FILE, bundle)
-    publish(manifest_path(manifests), manifest)
+    publish(manifest_path(manifests), manifest_text(manifest))
     publish(data / "pins.json", _pins(manifest))
     return data / BUNDLE_FILE
 

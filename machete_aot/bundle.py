@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a bundle: each digest is checked before what it protects is parsed.
 
-The chain: the trusted sha256 of manifest.json, which pins dictionaries, frames and cubins. Where the
-bytes come from is another object's job (``BundleData``); whatever it returns is hashed, and what was hashed is used.
+The chain: the trusted sha256 of the manifest as it is stored, compressed; it pins dictionaries, frames and cubins.
+Where the bytes come from is another object's job (``BundleData``); whatever it returns is hashed, and what was hashed
+is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zlib
@@ -28,12 +30,14 @@ from .errors import (
     UnreachableError,
     UntrustedError,
 )
+from .frames import decompress, manifest_text, older_manifest, raw_dictionary
 from .layout import LAYOUTS
 from .manifest import DictionaryInfo, FrameInfo, HelperInfo, KernelInfo, Manifest, parse_manifest
-from .manifest_rules import MAX_BUNDLE_BYTES
+from .manifest_rules import MAX_BUNDLE_BYTES, MAX_MANIFEST_BYTES
 from .pinned import parse_pinned
 
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json.zst"
+_OLDER_NAME = "manifest.json"  # of the last entry when manifests were not compressed
 _PARSED_MANIFESTS = 8
 
 
@@ -90,9 +94,10 @@ class MemoryData:
 class Bundle:
     """An opened bundle: its manifest is trusted, its kernels are checked as they are read.
 
-    ``origin`` says where it came from, ``manifest_sha256`` identifies it, ``manifest_bytes`` is manifest.json as it was
-    hashed, and ``signature`` its detached signature if that is why it is trusted. ``trace`` has a line for each source
-    that was considered before this one, and for this one: which, and why. Safe to use from threads.
+    ``origin`` says where it came from, ``manifest_sha256`` identifies it, ``manifest_bytes`` is the manifest as
+    it is stored and was hashed, compressed, and ``signature`` its detached signature if that is why it is trusted.
+    ``trace`` has a line for each source that was considered before this one, and for this one: which, and why. Safe to
+    use from threads.
     """
 
     def __init__(
@@ -144,7 +149,7 @@ class Bundle:
         frame = self._frame(kernel)
         shared = self.manifest.dictionary_of(kernel)
         dictionary = None if shared is None else self.dictionary(shared)
-        cubin = _decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", dictionary)
+        cubin = decompress(frame, kernel.cubin.size, f"the frame of kernel {kernel_id}", dictionary)
         _check_digest(cubin, kernel.cubin.sha256, f"the cubin of kernel {kernel_id}")
         return cubin
 
@@ -180,13 +185,11 @@ class Bundle:
         """
         found = self._dictionaries.get(info.family)
         if found is None:
-            raw = self._raw_dictionary(info)
-            found = zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-            self._dictionaries[info.family] = found
+            found = self._dictionaries[info.family] = raw_dictionary(self._raw_dictionary(info))
         return found
 
     def _raw_dictionary(self, info: DictionaryInfo) -> bytes:
-        return _decompress(self._dictionary_frame(info), info.raw_size, f"the dictionary {info.family!r}", None)
+        return decompress(self._dictionary_frame(info), info.raw_size, f"the dictionary {info.family!r}")
 
     def _dictionary_frame(self, info: DictionaryInfo) -> bytes:
         frame = self._data.read(info.offset, info.length)
@@ -235,8 +238,9 @@ def open_bundle(source: str | PathLike[str] | bytes, *, manifest_sha256: str | C
     """Opens a bundle, given its path or its bytes, whose manifest has this sha256 (hex), or one of these.
 
     Raises, in this order: MissingError or UnreachableError (the file), TruncatedError or CorruptError (no intact
-    manifest in it), UntrustedError (an intact one, but with another digest), SchemaTooNewError, BundleError (not
-    valid), IncompatibleError (ABI or layouts that this runtime lacks). Kernels are checked when they are read.
+    manifest in it) or IncompatibleError (one of the older form), UntrustedError (an intact one, but with another
+    digest), SchemaTooNewError, BundleError (not valid), IncompatibleError (schema, ABI or layouts that this runtime
+    lacks). Kernels are checked when they are read.
     """
     data, origin = (source, "memory") if isinstance(source, bytes) else (read_file(Path(source)), str(source))
     pins = {manifest_sha256} if isinstance(manifest_sha256, str) else set(manifest_sha256)
@@ -265,7 +269,8 @@ def open_manifest(
         )
     manifest = _parsed_manifests.get(digest)
     if manifest is None:
-        manifest = parse_pinned(manifest_bytes) if digest in pinned else parse_manifest(manifest_bytes)
+        text = manifest_text(manifest_bytes)
+        manifest = parse_pinned(text) if digest in pinned else parse_manifest(text)
         if len(_parsed_manifests) >= _PARSED_MANIFESTS:
             _parsed_manifests.clear()
         _parsed_manifests[digest] = manifest
@@ -279,11 +284,20 @@ _parsed_manifests: dict[str, Manifest] = {}
 
 
 def manifest_in(data: bytes, origin: str, trusted: Collection[str] = ()) -> bytes:
-    """The manifest in a bundle's bytes, of which nothing is trusted. Raises TruncatedError or CorruptError.
+    """The stored manifest in a bundle's bytes, of which nothing is trusted. Raises TruncatedError or CorruptError,
+    IncompatibleError if it is not compressed.
 
     Damage is not distrust: a wrong crc32 counts only if its sha256 is not one of ``trusted``.
     """
-    entry = last_entry(data, MANIFEST_NAME)
+    try:
+        entry = last_entry(data, MANIFEST_NAME)
+    except CorruptError:
+        with contextlib.suppress(CorruptError):
+            last_entry(data, _OLDER_NAME)
+            raise older_manifest() from None
+        raise
+    if entry.size > MAX_MANIFEST_BYTES:
+        raise CorruptError(f"the manifest of {origin}", f"{entry.size} bytes", f"at most {MAX_MANIFEST_BYTES} bytes")
     raw = data[entry.offset : entry.offset + entry.size]
     if zlib.crc32(raw) != entry.crc:
         digest = hashlib.sha256(raw).hexdigest()
@@ -331,18 +345,6 @@ def _check_compatible(manifest: Manifest, origin: str) -> None:
         raise IncompatibleError(
             f"{origin} is intact, but not for this version of machete-aot; install the one it names", problems
         )
-
-
-def _decompress(frame: bytes, size: int, what: str, dictionary: zstandard.ZstdCompressionDict | None) -> bytes:
-    """What ``frame`` holds, which must be exactly ``size`` bytes: nothing larger is ever allocated."""
-    try:
-        announced = zstandard.frame_content_size(frame)
-        if announced != size:
-            raise CorruptError(what, f"a frame of {announced} bytes", f"one of {size} bytes")
-        decompressor = zstandard.ZstdDecompressor(dict_data=dictionary)
-        return decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
-    except zstandard.ZstdError as e:
-        raise CorruptError(what, str(e), "a zstd frame") from e
 
 
 def _check_digest(data: bytes, want: str, what: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .bundle import frame_digests, open_bundle, read_at_most
 from .errors import ArgumentError, BundleError, CacheError, CorruptError
+from .frames import manifest_text
 from .manifest import parse_manifest
 from .manifest_rules import MAX_BUNDLE_BYTES
 
@@ -28,7 +29,7 @@ LAYOUT = "v1"
 LOCK_SECONDS = 120.0
 
 _log = logging.getLogger(__name__)
-_NAME = r"(manifest|signature|bundle|frame)-([0-9a-f]{64})\.(json|sig|zip|zst)"
+_NAME = r"(manifest|signature|bundle|frame)-([0-9a-f]{64})\.(json\.zst|sig|zip|zst)"
 _ENTRY = re.compile(rf"{_NAME}\Z")
 _CORRUPT = re.compile(rf"{_NAME}\.corrupt\Z")
 _TEMPORARY = re.compile(rf"\.tmp-[0-9]+-[0-9a-f]{{16}}-{_NAME}\Z")
@@ -38,7 +39,7 @@ _LITTER = (_CORRUPT, _TEMPORARY, _LOCK)
 
 def manifest_name(manifest_sha256: str) -> str:
     """The cache's name of a manifest."""
-    return f"manifest-{manifest_sha256}.json"
+    return f"manifest-{manifest_sha256}.json.zst"
 
 
 def signature_name(manifest_sha256: str) -> str:
@@ -226,7 +227,7 @@ class Cache:
     def _frames(self, digest: str) -> list[str]:
         raw = self.get(manifest_name(digest), digest)
         try:
-            manifest = parse_manifest(raw) if raw is not None else None
+            manifest = parse_manifest(manifest_text(raw)) if raw is not None else None
         except BundleError:  # of another schema: its frames are not known, and are fetched again
             manifest = None
         return list(frame_digests(manifest).values()) if manifest else []

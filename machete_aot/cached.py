@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from .bundle import Bundle, manifest_in, open_manifest
 from .cache import bundle_name, manifest_name, signature_name
 from .errors import BundleError, CorruptError, MissingError
+from .frames import manifest_text
 from .index import version_key
 from .manifest import Manifest, parse_manifest
 from .request import Request, first_line
@@ -106,6 +107,6 @@ def _signed(request: Request) -> Iterator[tuple[bytes, str, bytes | None]]:
 
 def _version_key(manifest: bytes) -> tuple[int, ...]:
     try:
-        return version_key(parse_manifest(manifest).bundle.version)
+        return version_key(parse_manifest(manifest_text(manifest)).bundle.version)
     except BundleError:
         return ()

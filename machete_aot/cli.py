@@ -236,7 +236,7 @@ def _qualify(options: argparse.Namespace) -> int:
 
     bundle = open_bundle(options)
     record = qualify(bundle, progress=progress)
-    problems = check_record(record, bundle.manifest)
+    problems = check_record(record, bundle.manifest, bundle.manifest_sha256)
     if problems:
         raise MacheteError("this GPU does not qualify the bundle, no record was written:\n  " + "\n  ".join(problems))
     path = str(write_record(record, options.out))

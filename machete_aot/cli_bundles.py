@@ -154,12 +154,13 @@ def _store(bundle: Bundle, cache: Cache) -> list[str]:
 
 
 def _sign(options: argparse.Namespace) -> int:
+    from .frames import manifest_text
     from .manifest import parse_manifest
     from .publish import publish
     from .trust import SIGNATURE_SUFFIX, sign_manifest
 
     manifest = _read(options.file)
-    parse_manifest(manifest)  # nobody should sign what nobody can use
+    parse_manifest(manifest_text(manifest))  # nobody should sign what nobody can use
     signature = sign_manifest(manifest, _read(options.key))
     path = Path(options.file + SIGNATURE_SUFFIX)
     try:

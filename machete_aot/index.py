@@ -45,12 +45,12 @@ class _Index:
 def conventional_entry(arch: str, version: str, size: int = 0, manifest_sha256: str = "") -> IndexEntry:
     """The entry of a bundle under the names that ``export_bundle`` gives."""
     stem = f"machete-aot-{arch}-{version}"
-    return IndexEntry(arch, version, f"{stem}.zip", size, f"{stem}.json", manifest_sha256)
+    return IndexEntry(arch, version, f"{stem}.zip", size, manifest_beside(f"{stem}.zip"), manifest_sha256)
 
 
 def manifest_beside(file: str) -> str:
     """The name of the manifest that belongs to a bundle's file."""
-    return file.removesuffix(".zip") + ".json"
+    return file.removesuffix(".zip") + ".json.zst"
 
 
 def parse_index(data: bytes) -> tuple[IndexEntry, ...]:

@@ -194,7 +194,7 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A valid manifest of schema 5. Only ``parse_manifest``, ``parse_pinned`` and the bundle's writer make one.
+    """A valid manifest of schema 6. Only ``parse_manifest``, ``parse_pinned`` and the bundle's writer make one.
 
     ``_parts``: of one that is decoded as far as it is asked, whose fields are set when they are first read.
     """

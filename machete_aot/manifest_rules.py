@@ -16,7 +16,7 @@ from .scalar_type import SCALAR_TYPES
 if TYPE_CHECKING:
     from .manifest import HelperInfo, KernelInfo, Manifest, Measured, ScheduleInfo
 
-SCHEMA = 5
+SCHEMA = 6
 SYMBOL_PREFIX = "machete_"
 TYPES_END = "__"  # in a kernel's id, between types and tile; no helper's id has it
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A manifest that this package pins, decoded as far as it is asked.
 
-Its sha256 is the package's own, so its bytes are those that build_kernels wrote and that the package's tests have
+Its sha256 is the package's own, so its text is the one that build_kernels wrote and that the package's tests have
 checked in full. That need not be repeated by every process; and their layout is known (``dump_manifest``). Members
 begin on lines of their own, sorted, and no string in JSON can hold the end of a line. So parts are cut out of the text
 without parsing the rest: a first product decodes the kernels and the costs of its own types, a tenth of all. What is
@@ -31,7 +31,7 @@ Span: TypeAlias = tuple[int, int]  # begin and end in the text
 
 
 def parse_pinned(raw: bytes) -> Manifest:
-    """The manifest in bytes whose sha256 this package pins. Raises as ``parse_manifest`` does.
+    """The manifest in a text that comes from bytes whose sha256 this package pins. Raises as ``parse_manifest`` does.
 
     A text that is laid out in another way, or of another schema, goes there.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .decode import decode
-from .manifest import KernelInfo, Manifest, dump_manifest
+from .manifest import KernelInfo, Manifest
 from .publish import publish
 
 SCHEMA = 3
@@ -122,26 +121,26 @@ def write_record(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> P
     return target
 
 
-def check_record(record: object, manifest: Manifest) -> list[str]:
+def check_record(record: object, manifest: Manifest, manifest_sha256: str) -> list[str]:
     """All reasons why this record does not qualify the bundle of this manifest; an empty list means that it does.
 
+    ``manifest_sha256``: the digest of the manifest as the bundle stores it.
     ``record`` is what json.load or ``qualify`` returned; it may be anything. Never raises.
     """
     problems: list[str] = []
     parsed = decode(Record, record, "record", problems)
     if not isinstance(parsed, Record) or problems:
         return problems
-    return [*_header_problems(parsed, manifest), *_coverage_problems(parsed, manifest)]
+    return [*_header_problems(parsed, manifest, manifest_sha256), *_coverage_problems(parsed, manifest)]
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
-def _header_problems(record: Record, manifest: Manifest) -> Iterator[str]:
+def _header_problems(record: Record, manifest: Manifest, digest: str) -> Iterator[str]:
     if record.schema != SCHEMA:
         yield f"schema: {record.schema} is not {SCHEMA}"
-    digest = hashlib.sha256(dump_manifest(manifest)).hexdigest()
     wanted = BundleId(manifest.bundle.arch, manifest.bundle.version, digest)
     for field in dataclasses.fields(BundleId):
         found, want = getattr(record.bundle, field.name), getattr(wanted, field.name)

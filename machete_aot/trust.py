@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ed25519 signatures of manifests, for bundles that the package does not pin.
 
-A signature file holds one line: the base64 of the 64 bytes that sign the bytes of manifest.json. Keys are PEM files.
+A signature file holds one line: the base64 of the 64 bytes that sign a manifest as it is stored. Keys are PEM files.
 The package ``cryptography`` is needed only here, and comes with the extra "sign".
 """
 

@@ -14,7 +14,9 @@ from build_kernels.check import Report
 from build_kernels.configs import ImplConfig
 from build_kernels.pack import Product, Release, write_bundle
 from machete_aot.archive import write_archive
+from machete_aot.bundle import MANIFEST_NAME
 from machete_aot.config import ScheduleConfig, TileConfig, TypeConfig
+from machete_aot.frames import manifest_frame
 from machete_aot.manifest import Heuristic, HeuristicTable, Manifest, Toolchain, dump_manifest
 from machete_aot.part import H100
 from machete_aot.selection import COEFFICIENTS
@@ -59,14 +61,18 @@ def release(schedules: Sequence[ScheduleConfig] = SCHEDULES) -> Release:
 
 @cache
 def small_bundle() -> tuple[bytes, bytes, str]:
-    """The bundle, its manifest, and the manifest's sha256."""
+    """The bundle, its manifest as it is stored, and the sha256 of that."""
     data, manifest = write_bundle(products(), release())
     return data, manifest, hashlib.sha256(manifest).hexdigest()
 
 
 def rewritten(manifest: Manifest | bytes, **replace: bytes) -> tuple[bytes, str]:
-    """The small bundle with another manifest and other entries, and the new manifest's digest."""
-    text = manifest if isinstance(manifest, bytes) else dump_manifest(manifest)
+    """The small bundle with another manifest (bytes: its JSON) and other entries, and the new manifest's digest."""
+    return with_stored(manifest_frame(manifest if isinstance(manifest, bytes) else dump_manifest(manifest)), **replace)
+
+
+def with_stored(manifest: bytes, **replace: bytes) -> tuple[bytes, str]:
+    """The same of a manifest as it is stored, compressed or not."""
     with zipfile.ZipFile(io.BytesIO(small_bundle()[0])) as archive:
         files = [(name, replace.get(name, archive.read(name))) for name in archive.namelist()[:-1]]
-    return write_archive([*files, ("manifest.json", text)]), hashlib.sha256(text).hexdigest()
+    return write_archive([*files, (MANIFEST_NAME, manifest)]), hashlib.sha256(manifest).hexdigest()

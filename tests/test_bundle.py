@@ -18,8 +18,8 @@ import pytest
 import zstandard
 
 from machete_aot import bundle as bundle_module
-from machete_aot.archive import last_entry
-from machete_aot.bundle import Bundle, MemoryData, bundle_size, frame_digests, open_bundle, open_manifest
+from machete_aot.archive import last_entry, write_archive
+from machete_aot.bundle import MANIFEST_NAME, Bundle, MemoryData, bundle_size, frame_digests, open_bundle, open_manifest
 from machete_aot.errors import (
     BundleError,
     CorruptError,
@@ -30,13 +30,15 @@ from machete_aot.errors import (
     TruncatedError,
     UntrustedError,
 )
+from machete_aot.frames import manifest_frame, manifest_text
 from machete_aot.manifest import LayoutInfo, Manifest, dump_manifest, parse_manifest
 from machete_aot.manifest_rules import SCHEMA
-from small_bundle import products, rewritten, small_bundle
+from small_bundle import products, rewritten, small_bundle, with_stored
 
-DATA, TEXT, DIGEST = small_bundle()
+DATA, FRAME, DIGEST = small_bundle()
+TEXT = manifest_text(FRAME)
 MANIFEST = parse_manifest(TEXT)
-END = last_entry(DATA, "manifest.json")  # the manifest's place
+END = last_entry(DATA, MANIFEST_NAME)  # the manifest's place
 
 
 def opened(data: bytes = DATA) -> Bundle:
@@ -61,8 +63,8 @@ def test_any_zip_tool_reads_it() -> None:
     with zipfile.ZipFile(io.BytesIO(DATA)) as archive:
         assert archive.testzip() is None
         kernels = [f"frames/{k.id}" for k in MANIFEST.kernels]
-        assert archive.namelist() == ["dictionaries/flat", "dictionaries/stream", *kernels, "manifest.json"]
-        assert archive.read("manifest.json") == TEXT
+        assert archive.namelist() == ["dictionaries/flat", "dictionaries/stream", *kernels, MANIFEST_NAME]
+        assert archive.read(MANIFEST_NAME) == FRAME
         assert {(i.compress_type, i.date_time) for i in archive.infolist()} == {(0, (1980, 1, 1, 0, 0, 0))}
         for kernel in MANIFEST.kernels:
             frame = DATA[kernel.frame.offset : kernel.frame.offset + kernel.frame.length]
@@ -134,7 +136,7 @@ def test_a_damaged_manifest_is_corrupt_and_a_foreign_one_untrusted() -> None:
     assert open_bundle(DATA, manifest_sha256=["0" * 64, DIGEST]).manifest == MANIFEST
 
 
-@pytest.mark.parametrize("junk", [b"x", b"junk of some length" * 20, DATA + b"\0", b"\0" + DATA, TEXT])
+@pytest.mark.parametrize("junk", [b"x", b"junk of some length" * 20, DATA + b"\0", b"\0" + DATA, TEXT, FRAME])
 def test_what_is_no_bundle_is_corrupt(junk: bytes) -> None:
     with pytest.raises(CorruptError):
         opened(junk)
@@ -143,18 +145,51 @@ def test_what_is_no_bundle_is_corrupt(junk: bytes) -> None:
 def test_another_zip_writer_is_refused() -> None:
     other = io.BytesIO()
     with zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("manifest.json", TEXT)
+        archive.writestr(MANIFEST_NAME, FRAME)
     with pytest.raises(CorruptError):
         opened(other.getvalue())
 
 
-def test_the_manifest_is_trusted_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def parse(_: bytes) -> Manifest:
-        raise AssertionError("parsed before it was trusted")
+def test_the_manifest_is_trusted_before_it_is_decompressed_and_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(_: bytes) -> Manifest:
+        raise AssertionError("looked into before it was trusted")
 
-    monkeypatch.setattr(bundle_module, "parse_manifest", parse)
+    for name in ("manifest_text", "parse_manifest"):
+        monkeypatch.setattr(bundle_module, name, look)
     with pytest.raises(UntrustedError):
         open_bundle(DATA, manifest_sha256="0" * 64)
+    with pytest.raises(CorruptError):
+        opened(flipped(END.offset + 40))
+
+
+def test_the_manifest_is_one_frame_of_the_form_of_all_others() -> None:
+    assert manifest_frame(TEXT) == FRAME and hashlib.sha256(FRAME).hexdigest() == DIGEST
+    for frame in (FRAME, *(DATA[d.offset : d.offset + d.length] for d in MANIFEST.dictionaries)):
+        found = zstandard.get_frame_parameters(frame)
+        assert (found.dict_id, found.has_checksum) == (0, False) and found.content_size > 0
+    assert zstandard.get_frame_parameters(FRAME).content_size == len(TEXT) > len(FRAME)
+
+
+def test_a_bundle_of_the_older_form_is_called_old(tmp_path: Path) -> None:
+    """Its manifest was not compressed, and had another name."""
+    with zipfile.ZipFile(io.BytesIO(DATA)) as archive:
+        files = [(name, archive.read(name)) for name in archive.namelist()[:-1]]
+    data = write_archive([*files, ("manifest.json", TEXT)])
+    with pytest.raises(IncompatibleError, match="from an older version of machete-aot"):
+        open_bundle(data, manifest_sha256=hashlib.sha256(TEXT).hexdigest())
+    data, digest = with_stored(TEXT)  # as where a mirror's manifest is such a one
+    with pytest.raises(IncompatibleError, match="from an older version of machete-aot"):
+        open_bundle(data, manifest_sha256=digest)
+    with pytest.raises(CorruptError):
+        open_bundle(write_archive([*files, ("manifest.txt", TEXT)]), manifest_sha256=DIGEST)
+
+
+def test_a_manifest_above_the_limit_is_not_even_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "MAX_MANIFEST_BYTES", len(FRAME))
+    assert opened().verify() == []
+    monkeypatch.setattr(bundle_module, "MAX_MANIFEST_BYTES", len(FRAME) - 1)
+    with pytest.raises(CorruptError, match="at most"):
+        opened()
 
 
 def test_a_frame_is_checked_before_it_is_decompressed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +199,7 @@ def test_a_frame_is_checked_before_it_is_decompressed(monkeypatch: pytest.Monkey
     def decompress(*_: object) -> bytes:
         raise AssertionError("decompressed before its digest was checked")
 
-    monkeypatch.setattr(bundle_module, "_decompress", decompress)
+    monkeypatch.setattr(bundle_module, "decompress", decompress)
     with pytest.raises(CorruptError) as caught:
         bundle.cubin(MANIFEST.kernels[0].id)
     assert caught.value.want == MANIFEST.kernels[0].frame.sha256
@@ -333,11 +368,11 @@ class CountingData(MemoryData):
 
 def test_a_bundle_can_be_put_together_from_its_frames() -> None:
     data = CountingData(DATA)
-    bundle = open_manifest(TEXT, lambda _: data, "elsewhere", [DIGEST])
+    bundle = open_manifest(FRAME, lambda _: data, "elsewhere", [DIGEST])
     assert data.reads == [] and bundle.size == len(DATA)
     assert bundle.to_bytes() == DATA
     assert sorted(data.reads) == sorted(frame_digests(MANIFEST))
-    assert bundle.verify() == [] and bundle.manifest_bytes == TEXT
+    assert bundle.verify() == [] and bundle.manifest_bytes == FRAME
     kernel = MANIFEST.kernels[1]
     shared = MANIFEST.dictionary_of(kernel)
     assert shared and list(frame_digests(MANIFEST, [kernel.id]).values()) == [shared.sha256, kernel.frame.sha256]
@@ -374,7 +409,7 @@ def test_a_file_above_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_size_follows_from_the_manifest() -> None:
-    assert bundle_size(MANIFEST, len(TEXT)) == len(DATA)
+    assert bundle_size(MANIFEST, len(FRAME)) == len(DATA)
 
 
 def test_what_was_parsed_is_remembered_by_digest_alone(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import pytest
 from machete_aot import cache as cache_module
 from machete_aot.cache import Cache, bundle_name, frame_name, manifest_name, signature_name
 from machete_aot.errors import ArgumentError, CacheError, CorruptError, MacheteError, UnreachableError
+from machete_aot.frames import manifest_text
 from machete_aot.manifest import parse_manifest
 from small_bundle import rewritten, small_bundle
 
-DATA, TEXT, DIGEST = small_bundle()
+DATA, FRAME, DIGEST = small_bundle()
+TEXT = manifest_text(FRAME)
 CONTENT = b"some frame" * 100
 SHA = hashlib.sha256(CONTENT).hexdigest()
 NAME = frame_name(SHA)
@@ -185,7 +187,7 @@ def filled(folder: Path) -> tuple[Cache, str]:
     manifest = parse_manifest(TEXT)
     other, digest = rewritten(TEXT.replace(b'"a test"', b'"another"'))
     cache = Cache(folder)
-    cache.put(manifest_name(DIGEST), TEXT)
+    cache.put(manifest_name(DIGEST), FRAME)
     cache.put(bundle_name(DIGEST), DATA)
     cache.put(signature_name(DIGEST), b"signature")
     frame = manifest.kernels[0].frame
@@ -234,7 +236,7 @@ def test_check_finds_damage_that_opening_does_not(tmp_path: Path) -> None:
     damaged = bytearray(DATA)
     damaged[parse_manifest(TEXT).kernels[1].frame.offset + 2] ^= 1
     (cache.folder / bundle_name(DIGEST)).write_bytes(damaged)
-    (cache.folder / manifest_name(DIGEST)).write_bytes(TEXT[:-1])
+    (cache.folder / manifest_name(DIGEST)).write_bytes(FRAME[:-1])
     found = dict(cache.check())
     assert set(found) == {bundle_name(DIGEST), manifest_name(DIGEST)}
     assert all(isinstance(e, CorruptError) for e in found.values())

@@ -30,6 +30,7 @@ from machete_aot import cli, download, errors
 from machete_aot.archive import last_entry, write_archive
 from machete_aot.bundle import MANIFEST_NAME, Bundle, dictionary_name, frame_name
 from machete_aot.fetch import fetch_bundle, use_bundle
+from machete_aot.frames import manifest_frame
 from machete_aot.manifest import dump_manifest
 from machete_aot.part import H100
 from machete_aot.version import __version__
@@ -68,7 +69,8 @@ def flip(path: Path, offset: int) -> None:
 
 
 def rewrite(path: Path, bundle: Bundle, manifest: bytes) -> str:
-    """Writes an intact bundle with another manifest; returns the manifest's digest."""
+    """Writes an intact bundle with another manifest, given its JSON; returns the stored manifest's digest."""
+    manifest = manifest_frame(manifest)
     data, spans = path.read_bytes(), bundle.manifest
     parts = {dictionary_name(d.family): (d.offset, d.length) for d in spans.dictionaries}
     parts |= {frame_name(k.id): (k.frame.offset, k.frame.length) for k in spans.compiled}
@@ -353,16 +355,16 @@ def another_version(mirror: Path, bundle: Bundle) -> str:
     raw = dump_manifest(dataclasses.replace(bundle.manifest, bundle=info))
     digest = rewrite(zip_of(mirror), bundle, raw)
     zip_of(mirror).rename(mirror / "machete-aot-sm90a-9.9.zip")
-    for path in (mirror / "index.json", mirror / f"machete-aot-sm90a-{__version__}.json"):
+    for path in (mirror / "index.json", mirror / f"machete-aot-sm90a-{__version__}.json.zst"):
         path.unlink()
-    (mirror / "machete-aot-sm90a-9.9.json").write_bytes(raw)
+    (mirror / "machete-aot-sm90a-9.9.json.zst").write_bytes(manifest_frame(raw))
     return digest
 
 
 def test_export_writes_a_mirror(capsys: pytest.CaptureFixture[str], tmp_path: Path, embedded: Bundle) -> None:
     status, out, _ = run(capsys, "export", "--to", tmp_path / "a" / "b", "--json")
     stem = f"machete-aot-sm90a-{__version__}"
-    names = [f"{stem}.zip", f"{stem}.json", "index.json"]
+    names = [f"{stem}.zip", f"{stem}.json.zst", "index.json"]
     assert status == 0
     assert json.loads(out)["files"] == [str(tmp_path / "a" / "b" / n) for n in names]
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == sorted(names)
@@ -490,7 +492,7 @@ def test_a_signed_bundle(
     (tmp_path / "other").mkdir()
     _, wrong = key_pair(tmp_path / "other")
     digest = another_version(mirror, embedded)
-    manifest = mirror / "machete-aot-sm90a-9.9.json"
+    manifest = mirror / "machete-aot-sm90a-9.9.json.zst"
     status, out, _ = run(capsys, "sign", manifest, "--key", private, "--json")
     assert status == 0 and json.loads(out) == {"ok": True, "file": f"{manifest}.sig", "manifest_sha256": digest}
     keys = ("--key", wrong, "--key", public)
@@ -517,7 +519,7 @@ def test_a_signed_bundle(
 
 def test_sign_refuses(capsys: pytest.CaptureFixture[str], mirror: Path, tmp_path: Path) -> None:
     private, public = key_pair(tmp_path)
-    manifest = mirror / f"machete-aot-sm90a-{__version__}.json"
+    manifest = mirror / f"machete-aot-sm90a-{__version__}.json.zst"
     assert run(capsys, "sign", tmp_path / "none", "--key", private)[0] == 3
     assert run(capsys, "sign", manifest, "--key", tmp_path / "none")[0] == 3
     assert run(capsys, "sign", manifest, "--key", public)[0] == 2

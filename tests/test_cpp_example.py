@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from machete_aot.bundle import Bundle
 from machete_aot.config import ScheduleConfig, TileConfig
 from machete_aot.launch import Shape, make_plan
 from machete_aot.loader import pack_plan
+from small_bundle import with_stored
 from stub.bundles import BF16, NARROW, WIDE, make_bundle, schedule
 from stub.harness import build
 
@@ -122,6 +124,13 @@ def test_it_trusts_nothing_else(program: Path, bundle: Bundle) -> None:
         wrong = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
         done = run(program, wrong, bundle.manifest_sha256)
         assert (done.returncode, done.stderr) == (1, "error: a frame is corrupt\n"), what
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(b"{}")
+    manifests = {bomb: "too large", unsized: "too large", b"{}": "too large", bundle.manifest_bytes[:-1]: "not zstd"}
+    for stored, message in manifests.items():
+        other, digest = with_stored(stored)
+        done = run(program, other, digest)
+        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
     for length in (0, 21, 100, len(data) - 1):
         assert run(program, data[:length], bundle.manifest_sha256).returncode == 1
     assert run(program, data, bundle.manifest_sha256, "1", "2").returncode == 2

@@ -25,6 +25,7 @@ from build_kernels.sources import source_digest
 from build_kernels.toolchain import find_tools
 from machete_aot.bundle import Bundle, MemoryData
 from machete_aot.fetch import fetch_bundle, pins
+from machete_aot.frames import manifest_text
 from machete_aot.manifest import Compat, dump_manifest
 from machete_aot.record import check_record
 from machete_aot.version import __version__
@@ -45,8 +46,9 @@ def test_every_byte_is_intact(bundle: Bundle) -> None:
 
 def test_the_pin_the_copy_in_manifests_and_the_bundle_agree(bundle: Bundle) -> None:
     copy = manifest_path().read_bytes()
-    assert dump_manifest(bundle.manifest) == copy
-    assert [p.manifest_sha256 for p in pins() if p.arch == "sm90a"] == [hashlib.sha256(copy).hexdigest()]
+    assert manifest_text(bundle.manifest_bytes) == dump_manifest(bundle.manifest) == copy
+    digest = hashlib.sha256(bundle.manifest_bytes).hexdigest()
+    assert [p.manifest_sha256 for p in pins() if p.arch == "sm90a"] == [digest]
     assert bundle.manifest.bundle.version == __version__
 
 
@@ -130,8 +132,11 @@ def test_a_sample_compiles_to_the_same_digests(bundle: Bundle) -> None:
 
 
 def test_a_qualification_record_covers_it(bundle: Bundle) -> None:
+    def problems_of(path: Path) -> list[str]:
+        return check_record(json.loads(path.read_text()), bundle.manifest, bundle.manifest_sha256)
+
     folder = MANIFESTS / "qualification"
-    found = {p.name: check_record(json.loads(p.read_text()), bundle.manifest) for p in sorted(folder.glob("*.json"))}
+    found = {p.name: problems_of(p) for p in sorted(folder.glob("*.json"))}
     complaints = "\n".join(f"{name}: {problems[:5]}" for name, problems in found.items())
     assert any(not problems for problems in found.values()), (
         f"no record in {folder} covers manifest {bundle.manifest_sha256}; run `machete-aot qualify`\n{complaints}"

@@ -29,12 +29,14 @@ from machete_aot.errors import (
     UnreachableError,
     UntrustedError,
 )
+from machete_aot.frames import manifest_frame, manifest_text
 from machete_aot.manifest import parse_manifest
 from machete_aot.mirror import export_bundle
 from machete_aot.trust import sign_manifest
 from small_bundle import products, rewritten, small_bundle
 
-DATA, TEXT, DIGEST = small_bundle()
+DATA, FRAME, DIGEST = small_bundle()
+TEXT = manifest_text(FRAME)
 MANIFEST = parse_manifest(TEXT)
 
 
@@ -290,7 +292,7 @@ def test_a_download_is_kept_and_not_repeated(pinned: Path, mirror: Path, tmp_pat
     with FileServer(mirror) as server:
         bundle = fetch.fetch_bundle(source=server.url, progress=lambda *p: seen.append(p))
         assert all_right(bundle) and bundle.size == len(DATA) and seen[-1] == (len(DATA), len(DATA))
-        assert server.names == ["index.json", "machete-aot-sm90a-0.1.0.json", "machete-aot-sm90a-0.1.0.zip"]
+        assert server.names == ["index.json", "machete-aot-sm90a-0.1.0.json.zst", "machete-aot-sm90a-0.1.0.zip"]
         assert all_right(fetch.fetch_bundle(source=server.url + "/"))
         assert all_right(fetch.fetch_bundle(source=server.url, only=["bf16_u4b8"]))
         assert len(server.names) == 3
@@ -304,9 +306,10 @@ def test_the_url_of_a_file(pinned: Path, mirror: Path, tmp_path: Path) -> None:
     (mirror / "mine.zip").write_bytes(DATA)
     with FileServer(mirror) as server:
         assert all_right(fetch.fetch_bundle(source=f"{server.url}/mine.zip?token=secret", cache_dir=tmp_path / "a"))
-        assert server.names == ["mine.json", "mine.zip"]
+        assert server.names == ["mine.json.zst", "mine.zip"]
         bundle = fetch.fetch_bundle(source=f"{server.url}/machete-aot-sm90a-0.1.0.zip", cache_dir=tmp_path / "b")
-        assert all_right(bundle) and server.names[2:] == ["machete-aot-sm90a-0.1.0.json", "machete-aot-sm90a-0.1.0.zip"]
+        assert all_right(bundle)
+        assert server.names[2:] == ["machete-aot-sm90a-0.1.0.json.zst", "machete-aot-sm90a-0.1.0.zip"]
         with pytest.raises(MissingError) as caught:
             fetch.fetch_bundle(source=f"{server.url}/none.zip?token=secret", cache_dir=tmp_path / "c")
     assert "secret" not in str(caught.value)
@@ -404,7 +407,8 @@ def test_a_mirror_that_lies(pinned: Path, mirror: Path, tmp_path: Path) -> None:
     with FileServer(mirror) as server:
         with pytest.raises(TruncatedError):
             fetch.fetch_bundle(source=server.url)
-        (mirror / "machete-aot-sm90a-0.1.0.json").write_bytes(TEXT.replace(b'"a test"', b'"A TEST"'))
+        other = manifest_frame(TEXT.replace(b'"a test"', b'"A TEST"'))
+        (mirror / "machete-aot-sm90a-0.1.0.json.zst").write_bytes(other)
         (tmp_path / "cache" / "v1" / manifest_name(DIGEST)).unlink()
         with pytest.raises(CorruptError):  # the index promised another one
             fetch.fetch_bundle(source=server.url)

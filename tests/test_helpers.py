@@ -31,6 +31,7 @@ from machete_aot.abi import Field
 from machete_aot.bundle import Bundle, open_bundle
 from machete_aot.cache import Cache, frame_name, manifest_name
 from machete_aot.errors import BundleError, MissingError
+from machete_aot.frames import manifest_text
 from machete_aot.manifest import dump_manifest, parse_manifest
 from machete_aot.pinned import parse_pinned
 from machete_aot.request import Request, Trust
@@ -39,13 +40,15 @@ from test_qualify_record import make_record
 
 (HELPER,) = HELPERS
 CUBIN = cubin_like(77, 900)
-DATA, TEXT = write_bundle(products(), release(), [HelperProduct(HELPER, Report(32, 0, 16), CUBIN)])
+DATA, FRAME = write_bundle(products(), release(), [HelperProduct(HELPER, Report(32, 0, 16), CUBIN)])
+TEXT = manifest_text(FRAME)
 MANIFEST = parse_manifest(TEXT)
+DIGEST = hashlib.sha256(FRAME).hexdigest()
 (INFO,) = MANIFEST.helpers
 
 
 def opened() -> Bundle:
-    return open_bundle(DATA, manifest_sha256=hashlib.sha256(TEXT).hexdigest())
+    return open_bundle(DATA, manifest_sha256=DIGEST)
 
 
 # ---------------------------------------------------------------- in a bundle
@@ -59,7 +62,7 @@ def test_it_lies_behind_the_kernels() -> None:
         "dictionaries/stream",
         *(f"frames/{k.id}" for k in MANIFEST.kernels),
         f"frames/{HELPER.id}",
-        "manifest.json",
+        "manifest.json.zst",
     ]
     assert (INFO.id, INFO.symbol, INFO.threads) == (HELPER.id, f"machete_{HELPER.id}", HELPER.threads)
     assert (INFO.registers, INFO.spills, INFO.static_shared_memory) == (32, 0, 16)
@@ -75,7 +78,7 @@ def test_lookups() -> None:
     with pytest.raises(MissingError, match=f"no kernel '{HELPER.id}'"):
         MANIFEST.kernel(HELPER.id)
     with pytest.raises(MissingError, match=f"no kernel '{HELPER.id}'"):
-        parse_manifest(small_bundle()[1]).named(HELPER.id)
+        parse_manifest(manifest_text(small_bundle()[1])).named(HELPER.id)
 
 
 def test_a_pinned_manifest_gives_it_without_the_kernels() -> None:
@@ -89,7 +92,7 @@ def test_a_pinned_manifest_gives_it_without_the_kernels() -> None:
 def test_damage_is_found() -> None:
     data = bytearray(DATA)
     data[INFO.frame.offset + 9] ^= 1
-    bundle = open_bundle(bytes(data), manifest_sha256=hashlib.sha256(TEXT).hexdigest())
+    bundle = open_bundle(bytes(data), manifest_sha256=DIGEST)
     assert bundle.cubin(MANIFEST.kernels[0].id)
     with pytest.raises(BundleError, match=HELPER.id):
         bundle.cubin(HELPER.id)
@@ -107,8 +110,7 @@ def test_it_belongs_to_any_choice_of_kernels(tmp_path: Path) -> None:
 
 def test_the_cache_keeps_its_frame_with_the_bundle(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    digest = hashlib.sha256(TEXT).hexdigest()
-    cache.put(manifest_name(digest), TEXT)
+    cache.put(manifest_name(DIGEST), FRAME)
     frame = DATA[INFO.frame.offset : INFO.frame.offset + INFO.frame.length]
     cache.put(frame_name(INFO.frame.sha256), frame)
     cache.put(frame_name(hashlib.sha256(b"other").hexdigest()), b"other")
@@ -164,7 +166,7 @@ def test_manifests_that_are_refused(change: Callable[[Any], None], word: str) ->
 def good_record() -> dict[str, Any]:
     result = record.HelperResult(64, (), True, True, ())
     values = make_record()
-    values["bundle"]["manifest_sha256"] = hashlib.sha256(TEXT).hexdigest()
+    values["bundle"]["manifest_sha256"] = DIGEST
     return values | {"helpers": {HELPER.id: json.loads(json.dumps(dataclasses.asdict(result)))}}
 
 
@@ -182,7 +184,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 def test_a_good_record_qualifies() -> None:
-    assert record.check_record(good_record(), MANIFEST) == []
+    assert record.check_record(good_record(), MANIFEST, DIGEST) == []
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -190,7 +192,7 @@ def test_each_violation_is_found(name: str) -> None:
     tamper, message = TAMPERED[name]
     values = good_record()
     tamper(values)
-    (problem,) = record.check_record(values, MANIFEST)
+    (problem,) = record.check_record(values, MANIFEST, DIGEST)
     assert message in problem
 
 

@@ -33,6 +33,7 @@ from build_kernels.shards import Shard, merge_shards, write_shard
 from build_kernels.toolchain import find_tools
 from machete_aot.config import ScheduleConfig
 from machete_aot.errors import BundleError
+from machete_aot.frames import manifest_text
 from machete_aot.manifest import Heuristic
 from machete_aot.manifest_rules import SCHEMA
 from small_bundle import SCHEDULES, TYPES, cubin_like, products, rewritten, small_bundle
@@ -446,7 +447,7 @@ def test_a_bundle_of_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bundle_of_an_older_schema_is_named_as_such(tmp_path: Path) -> None:
-    text = small_bundle()[1].replace(f'"schema":{SCHEMA}'.encode(), b'"schema":1')
+    text = manifest_text(small_bundle()[1]).replace(f'"schema":{SCHEMA}'.encode(), b'"schema":1')
     path = tmp_path / "old.zip"
     path.write_bytes(rewritten(text)[0])
     with pytest.raises(BuildError, match=f"schema 1, where this checkout reads {SCHEMA}"):

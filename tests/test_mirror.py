@@ -11,6 +11,7 @@ import pytest
 
 from machete_aot.bundle import Bundle, open_bundle
 from machete_aot.errors import ArgumentError, BundleError, CorruptError, UnreachableError
+from machete_aot.frames import manifest_text
 from machete_aot.index import INDEX_NAME, IndexEntry, conventional_entry, dump_index, parse_index, version_key
 from machete_aot.manifest import parse_manifest
 from machete_aot.mirror import export_bundle
@@ -19,9 +20,9 @@ from machete_aot.selection import select
 from machete_aot.subset import kernel_ids
 from small_bundle import SCHEDULES, TILES, TYPES, rewritten, small_bundle
 
-DATA, TEXT, DIGEST = small_bundle()
-MANIFEST = parse_manifest(TEXT)
-FILES = ["index.json", "machete-aot-sm90a-0.1.0.json", "machete-aot-sm90a-0.1.0.zip"]
+DATA, FRAME, DIGEST = small_bundle()
+MANIFEST = parse_manifest(manifest_text(FRAME))
+FILES = ["index.json", "machete-aot-sm90a-0.1.0.json.zst", "machete-aot-sm90a-0.1.0.zip"]
 
 
 def opened() -> Bundle:
@@ -36,7 +37,7 @@ def test_export_writes_what_is_documented(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "mirror"
     written = export_bundle(opened(), folder)
     assert sorted(p.name for p in written) == names(folder) == FILES
-    assert (folder / FILES[1]).read_bytes() == TEXT and (folder / FILES[2]).read_bytes() == DATA
+    assert (folder / FILES[1]).read_bytes() == FRAME and (folder / FILES[2]).read_bytes() == DATA
     assert json.loads((folder / INDEX_NAME).read_bytes()) == {
         "schema": 1,
         "bundles": [
@@ -65,9 +66,9 @@ def test_export_keeps_other_versions_and_drops_stale_signatures(tmp_path: Path) 
         bundle.signature = b"signature\n"
         export_bundle(bundle, tmp_path)
     assert [e.version for e in parse_index((tmp_path / INDEX_NAME).read_bytes())] == ["0.1.0", "0.9.0", "0.10.0"]
-    assert "machete-aot-sm90a-0.1.0.json.sig" in names(tmp_path) and len(names(tmp_path)) == 10
+    assert "machete-aot-sm90a-0.1.0.json.zst.sig" in names(tmp_path) and len(names(tmp_path)) == 10
     export_bundle(opened(), tmp_path)
-    assert "machete-aot-sm90a-0.1.0.json.sig" not in names(tmp_path) and len(names(tmp_path)) == 9
+    assert "machete-aot-sm90a-0.1.0.json.zst.sig" not in names(tmp_path) and len(names(tmp_path)) == 9
 
 
 def test_a_damaged_bundle_is_not_exported(tmp_path: Path) -> None:

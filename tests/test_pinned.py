@@ -16,14 +16,15 @@ from machete_aot.bundle import Bundle, MemoryData, open_manifest
 from machete_aot.config import PRODUCTS, ProductTypes
 from machete_aot.errors import BundleError, IncompatibleError, MissingError, SchemaTooNewError, UntrustedError
 from machete_aot.fetch import fetch_bundle
+from machete_aot.frames import manifest_frame, manifest_text
 from machete_aot.manifest import Manifest, dump_manifest, parse_manifest
 from machete_aot.manifest_rules import SCHEMA
 from machete_aot.part import H100
 from machete_aot.pinned import parse_pinned
 from small_bundle import small_bundle
 
-EMBEDDED = fetch_bundle().manifest_bytes
-SMALL = small_bundle()[1]
+EMBEDDED = manifest_text(fetch_bundle().manifest_bytes)
+SMALL = manifest_text(small_bundle()[1])
 LAZY = ("kernels", "schedules", "heuristic")
 
 
@@ -117,7 +118,7 @@ def test_another_layout_is_parsed_and_checked_in_full(raw: bytes) -> None:
         with pytest.raises(BundleError):
             parse_pinned(damaged)
     more = edited(raw, more=1)
-    digest = hashlib.sha256(more).hexdigest()
+    digest = digest_of(more)
     with pytest.raises(BundleError, match="not valid"):
         opened(more, [digest], [digest])
 
@@ -131,8 +132,12 @@ def test_values_of_a_wrong_type_are_refused_when_they_are_asked_for() -> None:
     assert any("threads: expected int" in line for line in caught.value.problems)
 
 
+def digest_of(text: bytes) -> str:
+    return hashlib.sha256(manifest_frame(text)).hexdigest()
+
+
 def opened(text: bytes, trusted: list[str], pinned: list[str]) -> Bundle:
-    return open_manifest(text, lambda _: MemoryData(b""), "a test", trusted, pinned)
+    return open_manifest(manifest_frame(text), lambda _: MemoryData(b""), "a test", trusted, pinned)
 
 
 def test_only_what_is_pinned_goes_without_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +145,7 @@ def test_only_what_is_pinned_goes_without_the_rules(monkeypatch: pytest.MonkeyPa
     kernels = json.loads(SMALL)["kernels"]
     kernels[0]["registers"] = 9999
     text = edited(SMALL, kernels=kernels)
-    digest = hashlib.sha256(text).hexdigest()
+    digest = digest_of(text)
     with pytest.raises(BundleError, match="not valid"):
         opened(text, [digest], [])
     with pytest.raises(UntrustedError):
@@ -150,7 +155,7 @@ def test_only_what_is_pinned_goes_without_the_rules(monkeypatch: pytest.MonkeyPa
 
 def test_a_bundle_that_the_caller_trusts_is_checked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "_parsed_manifests", {})
-    digest = hashlib.sha256(EMBEDDED).hexdigest()
+    digest = fetch_bundle().manifest_sha256
     assert fetch_bundle(expected_sha256=digest).manifest._parts is None
     monkeypatch.setattr(bundle_module, "_parsed_manifests", {})
     assert fetch_bundle().manifest._parts is not None

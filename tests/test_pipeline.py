@@ -41,6 +41,7 @@ from build_kernels.sources import source_digest, source_files
 from machete_aot.abi import ABI_VERSION, OFFSETS, SIZE
 from machete_aot.bundle import open_bundle
 from machete_aot.config import PRODUCTS, ScheduleConfig, TileConfig, TypeConfig
+from machete_aot.frames import manifest_text
 from machete_aot.manifest import Heuristic, parse_manifest
 from machete_aot.selection import COEFFICIENTS
 from small_bundle import TYPES, cubin_like, heuristic_table, products
@@ -188,7 +189,7 @@ def test_a_tile_of_three_row_warpgroups() -> None:
         )
     even = ScheduleConfig(tile, 0, 1)
     kernels = [Product(Specialization(types, tile, (0,)), Report(launched, 0, 0), b"cubin") for types in TYPES]
-    manifest = parse_manifest(write_bundle(kernels, small_release([even]))[1])
+    manifest = parse_manifest(manifest_text(write_bundle(kernels, small_release([even]))[1]))
     assert manifest.kernel_for(TYPES[0], f"{tile.name}_e1").tile == tile
 
 
@@ -453,7 +454,8 @@ def test_release_writes_a_bundle_that_its_pin_opens(tmp_path: Path) -> None:
     bundle = open_bundle(data / pin["file"], manifest_sha256=pin["manifest_sha256"])
     assert bundle.verify() == []
     manifest = manifests / f"machete-aot-sm90a-{pin['version']}.json"
-    assert hashlib.sha256(manifest.read_bytes()).hexdigest() == pin["manifest_sha256"]
+    assert manifest.read_bytes() == manifest_text(bundle.manifest_bytes)
+    assert hashlib.sha256(bundle.manifest_bytes).hexdigest() == pin["manifest_sha256"]
     assert bundle.manifest.provenance.source_digest == source_digest()
     assert [k.id for k in bundle.manifest.kernels] == [k.id for k in kernels]
     assert [h.id for h in bundle.manifest.helpers] == [h.id for h in HELPERS]

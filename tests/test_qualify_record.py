@@ -20,6 +20,7 @@ import torch
 from machete_aot import qualify, record, reference
 from machete_aot.config import PRODUCTS, TypeConfig
 from machete_aot.errors import DeviceError
+from machete_aot.frames import manifest_text
 from machete_aot.manifest import Manifest, kernel_id, parse_manifest
 from machete_aot.rounded_error import rounded_error
 from machete_aot.scalar_type import ScalarType
@@ -28,8 +29,8 @@ from small_bundle import TILES, TYPES, small_bundle
 
 BF16, FP16 = TYPES
 STREAM, FLAT = TILES
-_, MANIFEST_TEXT, MANIFEST_DIGEST = small_bundle()
-MANIFEST = parse_manifest(MANIFEST_TEXT)
+_, MANIFEST_FRAME, MANIFEST_DIGEST = small_bundle()
+MANIFEST = parse_manifest(manifest_text(MANIFEST_FRAME))
 NAMES = [s.name for s in MANIFEST.schedules]
 
 
@@ -109,7 +110,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 def test_a_good_record_qualifies() -> None:
-    assert record.check_record(make_record(), MANIFEST) == []
+    assert record.check_record(make_record(), MANIFEST, MANIFEST_DIGEST) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -129,14 +130,15 @@ def test_each_violation_is_found(name: str) -> None:
     tamper, message = TAMPERED[name]
     values = make_record()
     tamper(values)
-    problems = record.check_record(values, MANIFEST)
+    problems = record.check_record(values, MANIFEST, MANIFEST_DIGEST)
     assert len(problems) == 1 and message in problems[0]
 
 
 def test_violations_name_kernel_and_schedule() -> None:
     values = make_record()
     at(values, *ONE)["deterministic"] = False
-    assert record.check_record(values, MANIFEST) == [f"kernel {BF16_STREAM}: schedule {NAMES[1]}: two runs differ"]
+    (problem,) = record.check_record(values, MANIFEST, MANIFEST_DIGEST)
+    assert problem == f"kernel {BF16_STREAM}: schedule {NAMES[1]}: two runs differ"
 
 
 def test_all_violations_are_found_at_once() -> None:
@@ -145,7 +147,7 @@ def test_all_violations_are_found_at_once() -> None:
     values = make_record()
     for name in together:
         TAMPERED[name][0](values)
-    problems = record.check_record(values, MANIFEST)
+    problems = record.check_record(values, MANIFEST, MANIFEST_DIGEST)
     assert len(problems) == len(together)
     for name in together:
         assert any(TAMPERED[name][1] in p for p in problems), name
@@ -153,13 +155,13 @@ def test_all_violations_are_found_at_once() -> None:
 
 @pytest.mark.parametrize("values", [None, [], "record", 3, {}, {"schema": 1}], ids=repr)
 def test_anything_may_come_as_a_record(values: object) -> None:
-    assert record.check_record(values, MANIFEST)
+    assert record.check_record(values, MANIFEST, MANIFEST_DIGEST)
 
 
 def test_another_manifest_is_not_qualified() -> None:
     values = make_record()
     at(values, "bundle")["manifest_sha256"] = "0" * 64
-    assert "manifest_sha256" in record.check_record(values, MANIFEST)[0]
+    assert "manifest_sha256" in record.check_record(values, MANIFEST, MANIFEST_DIGEST)[0]
 
 
 def test_written_records_read_back(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_written_records_read_back(tmp_path: Path) -> None:
     path = record.write_record(make_record(), folder)
     assert path == folder / "sm90a-0.1.0-nvidia-h100-80gb-hbm3.json"
     assert json.loads(path.read_text()) == make_record()
-    assert record.check_record(json.loads(path.read_text()), MANIFEST) == []
+    assert record.check_record(json.loads(path.read_text()), MANIFEST, MANIFEST_DIGEST) == []
     assert path.read_text().endswith("}\n") and stat.S_IMODE(path.stat().st_mode) == 0o644
     newer = make_record() | {"seed": 8}
     assert record.write_record(newer, str(folder)) == path

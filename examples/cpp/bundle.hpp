@@ -16,20 +16,20 @@
 
 class Bundle {
  public:
-  // Reads the file and its manifest, which must have this SHA-256. Throws std::runtime_error.
+  // Reads the file and its manifest, which must have this SHA-256 as it is stored. Throws std::runtime_error.
   Bundle(const std::string& path, const std::string& trusted) {
     std::ifstream file(path, std::ios::binary);
     data_.assign(std::istreambuf_iterator<char>(file), {});
     if (!file) fail(path + " cannot be read");
     // The end record leads to the directory, before which the manifest ends; the directory's last row has its size.
-    const std::size_t row_bytes = 46 + std::strlen("manifest.json");
+    const std::size_t row_bytes = 46 + std::strlen("manifest.json.zst");
     if (data_.size() < 22 + row_bytes || number(data_.size() - 22) != 0x06054b50) fail(path + " is no bundle");
     const std::size_t directory = number(data_.size() - 6), size = number(data_.size() - 22 - row_bytes + 24);
     if (directory > data_.size() || size > directory) fail(path + " is damaged");
-    const std::string_view text = std::string_view(data_).substr(directory - size, size);
-    if (sha256(text) != trusted) fail("the manifest's SHA-256 is " + sha256(text) + ", trusted: " + trusted);
-    manifest = JsonReader::read(text);
-    if (manifest["schema"].integer() != 5) fail("this program reads manifests of schema 5");
+    const std::string_view stored = std::string_view(data_).substr(directory - size, size);
+    if (sha256(stored) != trusted) fail("the manifest's SHA-256 is " + sha256(stored) + ", trusted: " + trusted);
+    manifest = JsonReader::read(decompress(stored, ZSTD_getFrameContentSize(stored.data(), stored.size()), {}));
+    if (manifest["schema"].integer() != 6) fail("this program reads manifests of schema 6");
   }
 
   // The cubin of a kernel of the manifest.
@@ -52,21 +52,27 @@ class Bundle {
     return value;
   }
 
-  // What a frame holds: its digest is compared before it is decompressed, into no more bytes than are wanted.
-  std::string content(const Json& where, std::int64_t size, const std::string& digest,
-                      const std::string& before) const {
-    const auto offset = static_cast<std::uint64_t>(where["offset"].integer());
-    const auto length = static_cast<std::uint64_t>(where["length"].integer());
-    if (offset > data_.size() || length > data_.size() - offset || size < 0 || size > 16 << 20) fail("a bad frame");
-    const std::string_view frame = std::string_view(data_).substr(offset, length);
-    if (sha256(frame) != where["sha256"].text) fail("a frame is corrupt");
-    if (ZSTD_getFrameContentSize(frame.data(), frame.size()) != static_cast<unsigned long long>(size))
-      fail("a frame of another size than announced");
+  // What a frame holds, which must be so many bytes. An unknown size is beyond the limit of 16 MiB.
+  static std::string decompress(std::string_view frame, unsigned long long size, const std::string& before) {
+    if (size > 16 << 20) fail("a frame that is too large");
+    if (ZSTD_getFrameContentSize(frame.data(), frame.size()) != size) fail("a frame of another size than announced");
     std::string found(static_cast<std::size_t>(size), '\0');
     const std::unique_ptr<ZSTD_DCtx, decltype(&ZSTD_freeDCtx)> context(ZSTD_createDCtx(), ZSTD_freeDCtx);
     ZSTD_DCtx_refPrefix(context.get(), before.data(), before.size());  // raw content, not a trained dictionary
     const std::size_t got = ZSTD_decompressDCtx(context.get(), found.data(), found.size(), frame.data(), frame.size());
     if (ZSTD_isError(got) || got != found.size()) fail("a frame that is not zstd");
+    return found;
+  }
+
+  // What a frame of the manifest holds: its digest is compared before it is decompressed.
+  std::string content(const Json& where, std::int64_t size, const std::string& digest,
+                      const std::string& before) const {
+    const auto offset = static_cast<std::uint64_t>(where["offset"].integer());
+    const auto length = static_cast<std::uint64_t>(where["length"].integer());
+    if (offset > data_.size() || length > data_.size() - offset || size < 0) fail("a bad frame");
+    const std::string_view frame = std::string_view(data_).substr(offset, length);
+    if (sha256(frame) != where["sha256"].text) fail("a frame is corrupt");
+    const std::string found = decompress(frame, static_cast<unsigned long long>(size), before);
     if (sha256(found) != digest) fail("what a frame holds is corrupt");
     return found;
   }

@@ -69,8 +69,8 @@ def test_fetch_and_verification_of_the_embedded_bundle(compiled: Path) -> None:
 
 
 def test_a_warm_fetch_from_the_cache(tmp_path: Path, compiled: Path, counts: Counter[str]) -> None:
-    data, text, digest = embedded()
-    with running(mirror_files((data, text, digest))) as server:
+    data, manifest, digest = embedded()
+    with running(mirror_files((data, manifest, digest))) as server:
         arguments = {"source": server.url, "cache_dir": str(tmp_path / "cache")}
         fetch, verify = measured(TIMED.format(arguments=repr(arguments)), compiled)
         asked = len(server.requests)

@@ -20,13 +20,14 @@ import zstandard
 
 from fault_server import FaultServer, endless
 from machete_aot.archive import write_archive
-from machete_aot.bundle import open_bundle
+from machete_aot.bundle import MANIFEST_NAME, open_bundle
 from machete_aot.errors import BundleError, IncompatibleError, MacheteError, SchemaTooNewError
 from machete_aot.fetch import fetch_bundle
+from machete_aot.frames import compressor, manifest_frame, manifest_text
 from machete_aot.manifest_rules import SCHEMA
-from places import CUBINS, DATA, DIGEST, JSON, MANIFEST, TEXT, ZIP, manifest_of, write_mirror
+from places import CUBINS, DATA, DIGEST, FRAME, JSON, MANIFEST, TEXT, ZIP, manifest_of, write_mirror
 from run_children import children
-from small_bundle import rewritten
+from small_bundle import rewritten, with_stored
 
 BIG = 1 << 28
 
@@ -80,7 +81,7 @@ def second_directory() -> bytes:
     """A whole other archive behind this one, whose end record is the last."""
     other = io.BytesIO()
     with zipfile.ZipFile(other, "w") as archive:
-        archive.writestr("manifest.json", '{"schema": 1}')
+        archive.writestr(MANIFEST_NAME, manifest_frame(b'{"schema": 1}'))
     return DATA + other.getvalue()
 
 
@@ -94,8 +95,8 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "a name of 60,000 bytes": lambda: with_first("x" * 60_000),
     "names of another writer": lambda: zipped(("../evil", b"x")),
     "a second dictionary": lambda: with_first("dictionaries/flat"),
-    "a second manifest": lambda: with_first("manifest.json"),
-    "a manifest before the trusted one": lambda: write_archive([("manifest.json", b"{}"), *entries()]),
+    "a second manifest": lambda: with_first(MANIFEST_NAME),
+    "a manifest before the trusted one": lambda: write_archive([(MANIFEST_NAME, manifest_frame(b"{}")), *entries()]),
     "the trusted manifest twice": lambda: write_archive([*entries(), entries()[-1]]),
     "a second archive behind": second_directory,
     "an archive in front": lambda: zipped() + DATA,
@@ -226,7 +227,40 @@ MANIFESTS: dict[str, tuple[Callable[[], tuple[bytes, str]], type[BundleError]]] 
     "no UTF-8": (lambda: rewritten(b'{"schema": "\xff"}'), BundleError),
     "no JSON": (lambda: rewritten(b"schema: 1\n"), BundleError),
     "larger than 16 MB": (lambda: rewritten(b" " * (16 << 20) + TEXT), BundleError),
+    "16 MB as stored": (lambda: with_stored(bytes((16 << 20) + 1)), BundleError),
+    "a bomb": (lambda: with_stored(zstandard.ZstdCompressor().compress(bytes(BIG))), BundleError),
+    "a bomb of no size": (
+        lambda: with_stored(zstandard.ZstdCompressor(write_content_size=False).compress(bytes(BIG))),
+        BundleError,
+    ),
+    "a bomb that says it is small": (lambda: with_stored(announcing(100, BIG)), BundleError),
+    "more than it announces": (lambda: with_stored(announcing(len(TEXT) - 1, None)), BundleError),
+    "less than it announces": (lambda: with_stored(announcing(len(TEXT) + 1, None)), BundleError),
+    "bytes behind its frame": (lambda: with_stored(FRAME + b"\0"), BundleError),
+    "two frames": (lambda: with_stored(FRAME + FRAME), BundleError),
+    "a cut frame": (lambda: with_stored(FRAME[:-1]), BundleError),
+    "a frame that is skipped": (lambda: with_stored(b"\x50\x2a\x4d\x18\x04\0\0\0hide"), BundleError),
+    "a damaged frame": (lambda: with_stored(FRAME[:300] + b"XXXXXXXX" + FRAME[308:]), BundleError),
+    "a frame that needs a dictionary": (
+        lambda: with_stored(compressor(TEXT).compress(TEXT)),
+        BundleError,
+    ),
+    "no frame": (lambda: with_stored(b"not zstd at all"), BundleError),
+    "nothing": (lambda: with_stored(b""), BundleError),
+    "not compressed": (lambda: with_stored(TEXT), IncompatibleError),
 }
+
+
+def announcing(size: int, content: int | None) -> bytes:
+    """A manifest's frame (or one of so many zeros) whose header says that it has this many bytes."""
+    frame = zstandard.ZstdCompressor(write_checksum=False).compress(TEXT if content is None else bytes(content))
+    window = bytes([0x58])  # 2 MiB: a header of 4 bytes of size and one of the window, then the same blocks
+    return frame[:4] + b"\x80" + window + struct.pack("<I", size) + frame[zstandard.frame_header_size(frame) :]
+
+
+def test_a_frame_with_another_header_is_read_as_it_says() -> None:
+    """The attacks above are frames but for the size that they announce."""
+    assert manifest_text(announcing(len(TEXT), None)) == TEXT
 
 
 @pytest.mark.parametrize(("make", "kind"), MANIFESTS.values(), ids=MANIFESTS.keys())
