@@ -7,7 +7,7 @@ The same cubins, toolchain and zstandard give the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from machete_aot import abi
@@ -36,12 +36,12 @@ from machete_aot.manifest_rules import SCHEMA
 
 from .check import ELF_ABI, Report
 from .configs import Specialization
+from .dictionary import build_dictionary
 from .helpers import Helper
 
 NAME = "machete-aot"
 COMPUTE_CAPABILITY = (9, 0)
 MIN_DRIVER = 12000  # driver 525: the first that loads any cubin of ptxas 12.x, and that has cuLibraryLoadData
-DICTIONARY_CUBINS = 26  # the more, the smaller the bundle, and the longer a family's first kernel takes to load
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write_bundle(
     """The bundle's bytes and those of its last entry, the compressed manifest."""
     products = sorted(products, key=lambda p: p.kernel.id)
     helpers = sorted(helpers, key=lambda h: h.helper.id)
-    raw = {family: build_dictionary(cubins) for family, cubins in _by_family(products).items()}
+    raw = {family: build_dictionary(family, cubins) for family, cubins in _by_family(products).items()}
     # one for all frames of a family: it takes a second to index a dictionary, and a frame 40 ms
     compressors = {family: compressor(content) for family, content in raw.items()}
     alone = compressor()
@@ -106,13 +106,6 @@ def write_bundle(
     )
     frame = manifest_frame(dump_manifest(manifest))
     return write_archive([*files, (MANIFEST_NAME, frame)]), frame
-
-
-def build_dictionary(cubins: Mapping[str, bytes]) -> bytes:
-    """Raw content of a few cubins for all others to refer to: evenly spaced by size, so that all tiles take part."""
-    ids = sorted(cubins, key=lambda i: (len(cubins[i]), i))
-    count = min(DICTIONARY_CUBINS, len(ids))
-    return b"".join(cubins[ids[(2 * i + 1) * len(ids) // (2 * count)]] for i in range(count))
 
 
 def _by_family(products: Sequence[Product]) -> dict[str, dict[str, bytes]]:
