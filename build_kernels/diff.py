@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machete_aot.bundle import Bundle, MemoryData, manifest_in, read_file
+from machete_aot.bundle import Bundle, manifest_in
+from machete_aot.bundle_data import BundleData, FileData, MemoryData
 from machete_aot.decode import parse_json
 from machete_aot.frames import manifest_text
 from machete_aot.manifest import HelperInfo, KernelInfo, parse_manifest
@@ -68,11 +69,15 @@ def open_named(name: str) -> Bundle:
     A bundle's file; a folder with a pins.json, or with one .zip; ``embedded``; or ``REVISION:`` for the bundle embedded
     in that git revision. Raises BuildError, and BundleError if the bundle is damaged or its manifest not valid.
     """
-    data = _embedded_in(name[:-1]) if name.endswith(":") else read_file(_file(DATA if name == EMBEDDED else Path(name)))
+    data: BundleData
+    if name.endswith(":"):
+        data = MemoryData(_embedded_in(name[:-1]))
+    else:
+        data = FileData(_file(DATA if name == EMBEDDED else Path(name)))
     frame = manifest_in(data, name)
     text = manifest_text(frame)
     _check_schema(text, name)
-    bundle = Bundle(MemoryData(data), parse_manifest(text), frame, name)
+    bundle = Bundle(data, parse_manifest(text), frame, name)
     if problems := bundle.verify():
         raise BuildError(f"{name} is damaged", [str(p) for p in problems])
     return bundle

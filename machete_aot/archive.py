@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from .bundle_data import BundleData
 from .errors import BundleError, CorruptError, TruncatedError
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
@@ -74,23 +75,25 @@ def data_offset(header_offset: int, name: str) -> int:
     return header_offset + _LOCAL.size + len(name)
 
 
-def last_entry(data: bytes, name: str) -> Entry:
+def last_entry(data: BundleData, name: str) -> Entry:
     """Finds the last entry, which must have this name. Reads only the end of the archive and the entry's own header.
 
     Raises TruncatedError if the archive ends early, CorruptError if it is anything else than ``write_archive`` writes.
     """
-    directory_start = _directory_start(data)
+    row_size = _CENTRAL.size + len(name)
+    row_at = data.size - row_size - _END.size
+    tail = data.read(max(0, row_at), data.size - max(0, row_at))
+    directory_start = _directory_start(tail, data.size)
     if directory_start is None:
-        raise _damaged_end(data)
-    header_at = len(data) - _END.size - _CENTRAL.size - len(name)
-    if header_at < directory_start:
+        raise _damaged_end(data.read(0, data.size))
+    if row_at < directory_start:
         raise CorruptError("the bundle's zip directory", "no room for an entry", f"an entry {name}")
-    _, _, _, _, _, _, _, crc, _, size, *_ = _CENTRAL.unpack_from(data, header_at)
+    _, _, _, _, _, _, _, crc, _, size, *_ = _CENTRAL.unpack_from(tail)
     entry = Entry(name, directory_start - size, size, crc)
-    header_start = entry.offset - len(entry.local_header)
-    if header_start < 0 or data[header_at : len(data) - _END.size] != entry.central_header:
+    header = entry.local_header
+    if entry.offset < len(header) or tail[:row_size] != entry.central_header:
         raise CorruptError("the bundle's zip directory", "another last entry", f"{name} as the last entry, stored")
-    if data[header_start : entry.offset] != entry.local_header:
+    if data.read(entry.offset - len(header), len(header)) != header:
         raise CorruptError(f"the bundle's zip header of {name}", "another header", "what its zip directory says")
     return entry
 
@@ -119,14 +122,13 @@ def check_archive(data: bytes, contents: Sequence[tuple[str, int, int]]) -> Iter
         yield CorruptError(f"the bundle's zip directory at byte {position}", "other bytes", "what the entries make")
 
 
-def _directory_start(data: bytes) -> int | None:
-    """Offset of the central directory, or None where ``data`` does not end with a plausible end record."""
-    at = len(data) - _END.size
-    if at < 0:
+def _directory_start(tail: bytes, archive: int) -> int | None:
+    """Offset of the central directory, or None where an archive of so many bytes has no plausible end record."""
+    if len(tail) < _END.size:
         return None
-    magic, disk, first_disk, here, count, size, start, comment = _END.unpack_from(data, at)
+    magic, disk, first_disk, here, count, size, start, comment = _END.unpack(tail[-_END.size :])
     plain = (magic, disk, first_disk, comment) == (_END_MAGIC, 0, 0, 0) and here == count > 0
-    return start if plain and start + size == at else None
+    return start if plain and start + size == archive - _END.size else None
 
 
 def _entry_at(data: bytes, position: int) -> Entry | None:

@@ -10,30 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, Protocol
 
 import zstandard
 
 from . import abi
 from .archive import archive_size, check_archive, last_entry, write_archive
-from .errors import (
-    BundleError,
-    CorruptError,
-    IncompatibleError,
-    MissingError,
-    TruncatedError,
-    UnreachableError,
-    UntrustedError,
-)
+from .bundle_data import BundleData, FileData, MemoryData
+from .errors import BundleError, CorruptError, IncompatibleError, UntrustedError
 from .frames import decompress, manifest_text, older_manifest, raw_dictionary
 from .layout import LAYOUTS
 from .manifest import DictionaryInfo, FrameInfo, HelperInfo, KernelInfo, Manifest, parse_manifest
-from .manifest_rules import MAX_BUNDLE_BYTES, MAX_MANIFEST_BYTES
+from .manifest_rules import MAX_MANIFEST_BYTES
 from .pinned import parse_pinned
 
 MANIFEST_NAME = "manifest.json.zst"
@@ -49,46 +40,6 @@ def dictionary_name(family: str) -> str:
 def frame_name(kernel_id: str) -> str:
     """The name of the frame of a kernel, or of a helper, in the bundle."""
     return f"frames/{kernel_id}"
-
-
-class BundleData(Protocol):
-    """Where a bundle's bytes are. Nothing that it returns is trusted."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole bundle."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """These bytes of the bundle's file. Raises BundleError; TruncatedError if it ends before."""
-
-    def whole(self) -> bytes | None:
-        """The whole file where it is at hand, None where it is not."""
-
-    def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Brings these (offset, length) spans here if they are elsewhere. Raises BundleError."""
-
-
-class MemoryData:
-    """A bundle's file, read once."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    @property
-    def size(self) -> int:
-        return len(self._content)
-
-    def read(self, offset: int, length: int) -> bytes:
-        if offset + length > len(self._content):
-            what = f"the bundle, of which bytes {offset} to {offset + length} are needed,"
-            raise TruncatedError(what, len(self._content), offset + length)
-        return self._content[offset : offset + length]
-
-    def whole(self) -> bytes:
-        return self._content
-
-    def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Everything is here."""
 
 
 class Bundle:
@@ -174,7 +125,10 @@ class Bundle:
                     self.cubin(kernel.id)
             except BundleError as e:
                 problems.append(e)
-        whole = self._data.whole()
+        try:
+            whole = self._data.whole()
+        except BundleError as e:
+            return [*problems, e]
         return problems if whole is None else problems + structure_problems(self.manifest, whole)
 
     def dictionary(self, info: DictionaryInfo) -> zstandard.ZstdCompressionDict:
@@ -217,7 +171,7 @@ def frame_digests(manifest: Manifest, kernel_ids: Iterable[str] | None = None) -
 def structure_problems(manifest: Manifest, content: bytes) -> list[BundleError]:
     """Every way in which a bundle's file differs from the archive that its manifest describes."""
     try:
-        last = last_entry(content, MANIFEST_NAME)
+        last = last_entry(MemoryData(content), MANIFEST_NAME)
     except BundleError as e:
         return [e]
     return list(check_archive(content, [*_frames(manifest), (MANIFEST_NAME, last.offset, last.size)]))
@@ -242,10 +196,11 @@ def open_bundle(source: str | PathLike[str] | bytes, *, manifest_sha256: str | C
     digest), SchemaTooNewError, BundleError (not valid), IncompatibleError (schema, ABI or layouts that this runtime
     lacks). Kernels are checked when they are read.
     """
-    data, origin = (source, "memory") if isinstance(source, bytes) else (read_file(Path(source)), str(source))
+    data = MemoryData(source) if isinstance(source, bytes) else FileData(Path(source))
+    origin = "memory" if isinstance(source, bytes) else str(source)
     pins = {manifest_sha256} if isinstance(manifest_sha256, str) else set(manifest_sha256)
     raw = manifest_in(data, origin, pins)
-    return open_manifest(raw, lambda _: MemoryData(data), origin, pins)
+    return open_manifest(raw, lambda _: data, origin, pins)
 
 
 def open_manifest(
@@ -283,9 +238,10 @@ def open_manifest(
 _parsed_manifests: dict[str, Manifest] = {}
 
 
-def manifest_in(data: bytes, origin: str, trusted: Collection[str] = ()) -> bytes:
-    """The stored manifest in a bundle's bytes, of which nothing is trusted. Raises TruncatedError or CorruptError,
-    IncompatibleError if it is not compressed.
+def manifest_in(data: BundleData, origin: str, trusted: Collection[str] = ()) -> bytes:
+    """The stored manifest in a bundle, of which nothing is trusted.
+
+    Raises TruncatedError or CorruptError, IncompatibleError if it is not compressed, UnreachableError.
 
     Damage is not distrust: a wrong crc32 counts only if its sha256 is not one of ``trusted``.
     """
@@ -298,35 +254,12 @@ def manifest_in(data: bytes, origin: str, trusted: Collection[str] = ()) -> byte
         raise
     if entry.size > MAX_MANIFEST_BYTES:
         raise CorruptError(f"the manifest of {origin}", f"{entry.size} bytes", f"at most {MAX_MANIFEST_BYTES} bytes")
-    raw = data[entry.offset : entry.offset + entry.size]
+    raw = data.read(entry.offset, entry.size)
     if zlib.crc32(raw) != entry.crc:
         digest = hashlib.sha256(raw).hexdigest()
         if digest not in trusted:
             raise CorruptError(f"the manifest of {origin}", digest, "a manifest that fits its crc32")
     return raw
-
-
-def read_file(path: Path) -> bytes:
-    """A bundle's file. Raises MissingError, UnreachableError, and BundleError if it is larger than any bundle."""
-    try:
-        with path.open("rb") as f:
-            data = read_at_most(f, MAX_BUNDLE_BYTES + 1)
-    except FileNotFoundError:
-        raise MissingError(
-            f"no bundle at {path}; build it with `python -m build_kernels`, or name another file"
-        ) from None
-    except OSError as e:
-        raise UnreachableError(f"the bundle {path} cannot be read: {e.strerror or e}") from e
-    if len(data) > MAX_BUNDLE_BYTES:
-        raise BundleError(f"{path} is larger than {MAX_BUNDLE_BYTES} bytes, which no bundle is")
-    return data
-
-
-def read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """The content of a file, up to ``limit`` bytes. A read takes a buffer of what it asks for, so not of the limit."""
-    expected = min(os.fstat(file.fileno()).st_size + 1, limit)
-    data = file.read(expected)
-    return data if len(data) < expected else data + file.read(limit - expected)  # it grows, or is no ordinary file
 
 
 def _check_compatible(manifest: Manifest, origin: str) -> None:

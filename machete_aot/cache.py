@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
-from .bundle import frame_digests, open_bundle, read_at_most
+from .bundle import frame_digests, open_bundle
 from .errors import ArgumentError, BundleError, CacheError, CorruptError
 from .frames import manifest_text
 from .manifest import parse_manifest
@@ -247,12 +248,19 @@ class Cache:
     def _read(self, name: str) -> bytes | None:
         try:
             with open(self.folder / _checked(name), "rb") as file:
-                data = read_at_most(file, MAX_BUNDLE_BYTES + 1)
+                data = _read_at_most(file, MAX_BUNDLE_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if len(data) > MAX_BUNDLE_BYTES:
             raise CorruptError(name, "a larger file", f"at most {MAX_BUNDLE_BYTES} bytes")
         return data
+
+
+def _read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """The content of a file, up to ``limit`` bytes. A read takes a buffer of what it asks for, so not of the limit."""
+    expected = min(os.fstat(file.fileno()).st_size + 1, limit)
+    data = file.read(expected)
+    return data if len(data) < expected else data + file.read(limit - expected)  # it grows, or is no ordinary file
 
 
 _LITTER_KINDS = ("corrupt", "temporary", "lock")

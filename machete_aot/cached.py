@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from .bundle import Bundle, manifest_in, open_manifest
+from .bundle_data import MemoryData
 from .cache import bundle_name, manifest_name, signature_name
 from .errors import BundleError, CorruptError, MissingError
 from .frames import manifest_text
@@ -80,12 +81,12 @@ def _trusted_manifests(request: Request, signed: bool) -> Iterator[tuple[bytes, 
 
 def _from_whole(request: Request, digest: str) -> bytes | None:
     def check(data: bytes) -> None:
-        have = hashlib.sha256(manifest_in(data, "the cached bundle")).hexdigest()
+        have = hashlib.sha256(manifest_in(MemoryData(data), "the cached bundle")).hexdigest()
         if have != digest:
             raise CorruptError("the manifest of the cached bundle", have, digest)
 
     data = request.cache.get(bundle_name(digest), check)
-    return None if data is None else manifest_in(data, "the cached bundle")
+    return None if data is None else manifest_in(MemoryData(data), "the cached bundle")
 
 
 def _signed(request: Request) -> Iterator[tuple[bytes, str, bytes | None]]:

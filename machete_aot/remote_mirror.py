@@ -8,6 +8,7 @@ from functools import partial
 from urllib.parse import urlsplit, urlunsplit
 
 from .bundle import Bundle, manifest_in
+from .bundle_data import MemoryData
 from .cache import manifest_name, signature_name
 from .cached import cached, open_stored, ready
 from .download import Remote
@@ -79,7 +80,7 @@ class Site:
         manifest = self._small(entry.manifest, MAX_MANIFEST_BYTES, digest)
         if manifest is None:
             content = self._bundles.fetch(entry.file, limit=MAX_BUNDLE_BYTES)
-            manifest = manifest_in(content, self.origin, trusted)
+            manifest = manifest_in(MemoryData(content), self.origin, trusted)
         signature_file = entry.manifest + SIGNATURE_SUFFIX
         digests, signature = request.trust.digests_with(
             manifest, lambda: self._small(signature_file, MAX_SIGNATURE_BYTES)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .bundle import Bundle, MemoryData, manifest_in, open_manifest, read_file
+from .bundle import Bundle, manifest_in, open_manifest
+from .bundle_data import FileData
 from .errors import ArgumentError, BundleError, CorruptError, UnreachableError
 from .index import (
     INDEX_NAME,
@@ -39,11 +40,11 @@ def open_source(source: str | os.PathLike[str], request: Request) -> Bundle:
 
 def open_file(path: Path, request: Request) -> Bundle:
     """Opens a bundle's file; its signature may lie beside it."""
-    data, origin, trust = read_file(path), str(path), request.trust
+    data, origin, trust = FileData(path), str(path), request.trust
     beside = path.with_name(manifest_beside(path.name) + SIGNATURE_SUFFIX)
     manifest = manifest_in(data, origin, trust.digests)
     digests, signature = trust.digests_with(manifest, lambda: _read_small(beside, MAX_SIGNATURE_BYTES))
-    bundle = open_manifest(manifest, lambda _: MemoryData(data), origin, digests, trust.pinned)
+    bundle = open_manifest(manifest, lambda _: data, origin, digests, trust.pinned)
     bundle.signature = signature
     return request.checked(bundle)
 

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from .bundle import Bundle, MemoryData, bundle_size, frame_digests, manifest_in, structure_problems
+from .bundle import Bundle, bundle_size, frame_digests, manifest_in, structure_problems
+from .bundle_data import MemoryData
 from .cache import Cache, bundle_name, frame_name
 from .errors import BundleError, CorruptError, MissingError, TruncatedError
 from .manifest import Manifest
@@ -115,7 +116,7 @@ class StoredData:
         """Compares all that a file holds besides the frames, and these by their crc32."""
         if len(content) < self.size:
             raise TruncatedError("the bundle", len(content), self.size)
-        if len(content) > self.size or manifest_in(content, "the bundle") != self._manifest_bytes:
+        if len(content) > self.size or manifest_in(MemoryData(content), "the bundle") != self._manifest_bytes:
             raise CorruptError("the bundle", f"{len(content)} bytes, or another manifest", f"{self.size} bytes")
         for problem in structure_problems(self._manifest, content):
             raise problem

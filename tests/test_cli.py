@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from machete_aot import cli, download, errors
 from machete_aot.archive import last_entry, write_archive
 from machete_aot.bundle import MANIFEST_NAME, Bundle, dictionary_name, frame_name
+from machete_aot.bundle_data import FileData
 from machete_aot.fetch import fetch_bundle, use_bundle
 from machete_aot.frames import manifest_frame
 from machete_aot.manifest import dump_manifest
@@ -108,7 +109,7 @@ def in_first_header(b: Bundle) -> int:
 
 
 def in_manifest(b: Bundle) -> int:
-    return last_entry(Path(b.origin).read_bytes(), MANIFEST_NAME).offset + 100
+    return last_entry(FileData(Path(b.origin)), MANIFEST_NAME).offset + 100
 
 
 def in_directory(b: Bundle) -> int:

@@ -23,7 +23,8 @@ from build_kernels.release import manifest_path, toolchain
 from build_kernels.reproduce import reproduce
 from build_kernels.sources import source_digest
 from build_kernels.toolchain import find_tools
-from machete_aot.bundle import Bundle, MemoryData
+from machete_aot.bundle import Bundle
+from machete_aot.bundle_data import MemoryData
 from machete_aot.fetch import fetch_bundle, pins
 from machete_aot.frames import manifest_text
 from machete_aot.manifest import Compat, dump_manifest

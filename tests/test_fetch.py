@@ -63,9 +63,10 @@ def test_files(tmp_path: Path) -> None:
         open_bundle(path, manifest_sha256=DIGEST)
     path.write_bytes(DATA)
     bundle = open_bundle(str(path), manifest_sha256=DIGEST)
-    path.write_bytes(b"overwritten later")
     assert bundle.verify() == []
     assert str(path) in repr(bundle)
+    path.write_bytes(b"overwritten later")
+    assert {type(problem) for problem in bundle.verify()} == {TruncatedError}
     with pytest.raises(UnreachableError):
         open_bundle(tmp_path, manifest_sha256=DIGEST)
 

@@ -12,7 +12,8 @@ import pytest
 
 from machete_aot import bundle as bundle_module
 from machete_aot import selection
-from machete_aot.bundle import Bundle, MemoryData, open_manifest
+from machete_aot.bundle import Bundle, open_manifest
+from machete_aot.bundle_data import MemoryData
 from machete_aot.config import PRODUCTS, ProductTypes
 from machete_aot.errors import BundleError, IncompatibleError, MissingError, SchemaTooNewError, UntrustedError
 from machete_aot.fetch import fetch_bundle
@@ -154,8 +155,8 @@ def test_only_what_is_pinned_goes_without_the_rules(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_bundle_that_the_caller_trusts_is_checked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "_parsed_manifests", {})
     digest = fetch_bundle().manifest_sha256
+    monkeypatch.setattr(bundle_module, "_parsed_manifests", {})
     assert fetch_bundle(expected_sha256=digest).manifest._parts is None
     monkeypatch.setattr(bundle_module, "_parsed_manifests", {})
     assert fetch_bundle().manifest._parts is not None

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from machete_aot.archive import last_entry
 from machete_aot.bundle import MANIFEST_NAME, open_bundle
+from machete_aot.bundle_data import MemoryData
 from machete_aot.errors import MacheteError
 from machete_aot.fetch import fetch_bundle
 from places import CUBINS, DATA, DIGEST, JSON, KERNELS, MANIFEST, TEXT, ZIP, newer, write_mirror
@@ -27,7 +28,7 @@ from small_bundle import rewritten
 BYTE_CASES, MANIFEST_CASES, FILE_CASES = 6500, 2500, 1000  # together 10,000
 QUICK = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
-END = last_entry(DATA, MANIFEST_NAME)
+END = last_entry(MemoryData(DATA), MANIFEST_NAME)
 EDGES = sorted(
     {0, 4, 18, 26, 30, END.offset, END.offset + END.size, len(DATA) - 22, len(DATA) - 12, len(DATA) - 1}
     | {f.offset + d for k in MANIFEST.kernels for f in (k.frame,) for d in (-40, -4, 0, 4, f.length - 1)}
