@@ -26,7 +26,7 @@ def compressor(dictionary: bytes | None = None) -> zstandard.ZstdCompressor:
 
 
 def raw_dictionary(content: bytes) -> zstandard.ZstdCompressionDict:
-    """Bytes that came before, which any may be, not what zstd trains."""
+    """A dictionary of any bytes, as if they came before; not what zstd trains."""
     return zstandard.ZstdCompressionDict(content, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
