@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 TENSOR_MAP_BYTES = 128
 MAPS = 3  # tensor maps of a launch: only with FLAG_SCALE_MAPS are those of scales and, if there are any, zeros read
 ONE_GROUP = 2**26  # group_blocks where one scale serves all of K: more blocks than any K has
@@ -72,6 +72,7 @@ FLAG_OUT_BF16 = 16
 FLAG_OUT_FP16 = 32
 FLAG_SWIGLU = 64  # the output has n / 2 columns: silu(gate) * up of columns in turns, 8 of gate and 8 of up
 FLAG_SCALE_MAPS = 128  # groups are copied by tensor maps: their size divides a ring stage's K or is a multiple of it
+FLAG_ONE_PER_SM = 256  # no SM has two CTAs of the launch
 
 _STRUCT = struct.Struct("<" + "".join(f.code for f in FIELDS))
 SIZE = _STRUCT.size  # 136: a multiple of the pointers' alignment

@@ -126,7 +126,8 @@ def make_plan(kernel: KernelInfo, schedule: ScheduleConfig | ScheduleInfo, shape
             "code_zero": shape.code_zero,
             "flags": shape.flags
             | (abi.FLAG_ACTS_2D if len(acts.dims) == 2 else 0)
-            | (abi.FLAG_SCALE_MAPS if scale_maps[0] else 0),
+            | (abi.FLAG_SCALE_MAPS if scale_maps[0] else 0)
+            | (abi.FLAG_ONE_PER_SM if one_per_sm else 0),
             "row_tiles": tile.row_tiles(n),
             "token_tiles": ceil_div(m, tile.tokens),
             "steps": tile.steps(k),

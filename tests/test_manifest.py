@@ -50,7 +50,7 @@ def test_every_field_of_the_contract_is_there() -> None:
         *("schema", "bundle", "abi", "layouts", "toolchain", "provenance", "compat"),
         *("dictionaries", "kernels", "helpers", "schedules", "heuristic"),
     }
-    assert DOCUMENT["abi"] == {"version": 7, "parameters": [[0, 384], [384, 136]]}
+    assert DOCUMENT["abi"] == {"version": 8, "parameters": [[0, 384], [384, 136]]}
     assert DOCUMENT["compat"] == {"compute_capability": [9, 0], "min_driver": 12000, "elf_abi": 7}
     kernel = DOCUMENT["kernels"][0]
     assert kernel["symbol"] == "machete_" + kernel["id"]

@@ -56,10 +56,10 @@ struct Consumer {
   static_assert(UNITS % 2 == 0, "the two sets of fragments alternate");
   static_assert(T::GENERAL == Types::GENERAL);
   static constexpr int PARTS = T::UNIT_BYTES / PART_BYTES;
-  // Zero points leave two CTAs an SM no register to spare. There the activations' barrier is not tested ahead, and
-  // weights are released when fewer registers are in use, half a percent slower; of fine groups that is after a
-  // conversion too.
-  static constexpr bool TIGHT = T::GENERAL && T::CTAS_PER_SM > 1, LATE_RELEASE = TIGHT && !T::FINE;
+  // Zero points leave two CTAs an SM no register to spare. There the activations' barrier is not tested ahead, of fine
+  // groups the weights' neither, and weights are released when fewer registers are in use, half a percent slower.
+  static constexpr bool TIGHT = T::GENERAL && T::CTAS_PER_SM > 1;
+  static constexpr bool TEST_WEIGHTS = !(TIGHT && T::FINE);
   static constexpr int PART_ROWS = T::UNITS * T::HALVES;  // positions of scales of a part of a stage's K
 
   const Ring<T> ring;
@@ -87,8 +87,8 @@ struct Consumer {
         zeros(p, my_scales, ring.zeros(0) + part_offset(p, k_wg), first_row(strip0, warp, lane)) {}
 
   // acc = the product over `steps` stages, of which the first is in slot 0; all of them are released. Unrolled over the
-  // ring, so that every address is a constant. `late_steps` before the end the next kernel is let in, unless that is 0.
-  DEVICE void multiply(float (&acc)[T::BLOCKS][T::TOKENS / 2], int steps, int late_steps = 0) {
+  // ring, so that every address is a constant.
+  DEVICE void multiply(float (&acc)[T::BLOCKS][T::TOKENS / 2], int steps) {
 #pragma unroll
     for (int b = 0; b < T::BLOCKS; b++)
 #pragma unroll
@@ -105,22 +105,21 @@ struct Consumer {
 #pragma unroll
       for (int slot = 0; slot < T::STAGES; slot++) {
         if (slot >= left) break;
-        if (T::ONE_RANGE && left - slot == late_steps) launch_dependents();
         const int next_slot = (slot + 1) % T::STAGES, old_slot = (slot + T::STAGES - 1) % T::STAGES;
         const uint32_t next_parity = parity(next_slot) ^ (next_slot == 0);
-        uint32_t weights_ready = 1;
+        uint32_t weights_ready = TEST_WEIGHTS;
         if (T::APART && !acts_ready) mbar_wait(ring.acts_full(slot), parity(slot));
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {  // barriers are tested before a conversion, and looked at after it
           const bool to_next = u == UNITS - 2 && slot + 1 < left;  // the unit to load is the next step's first
-          if (to_next) weights_ready = mbar_test(ring.weights_full(next_slot), next_parity);
-          if (LATE_RELEASE && u == UNITS - 1) ring.release_weights(slot, lane);
+          if (TEST_WEIGHTS && to_next) weights_ready = mbar_test(ring.weights_full(next_slot), next_parity);
+          if (TIGHT && u == UNITS - 1) ring.release_weights(slot, lane);
           multiply_unit(acc[u % T::BLOCKS], frag[u % 2],
                         acts + (slot * T::ACTS_BYTES + u / T::BLOCKS * T::ACTS_TILE >> 4));
           if (u == 0 && (slot > 0 || left < steps)) ring.release_acts(old_slot, lane);  // its last unit has retired
           if (T::APART && !TIGHT && u == UNITS - 1) acts_ready = mbar_test(ring.acts_full(next_slot), next_parity);
           convert((u + 1) % UNITS, frag[(u + 1) % 2]);
-          if (!LATE_RELEASE && u == UNITS - 2) ring.release_weights(slot, lane);  // its last unit is in registers
+          if (!TIGHT && u == UNITS - 2) ring.release_weights(slot, lane);  // its last unit is in registers
           if (to_next && !weights_ready) mbar_wait(ring.weights_full(next_slot), next_parity);
           load(u + 2 < UNITS ? slot : next_slot, (u + 2) % UNITS);  // (the last step's for nothing, and the conversion)
         }

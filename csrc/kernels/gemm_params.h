@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MACHETE_ABI_VERSION = 7 };
+enum { MACHETE_ABI_VERSION = 8 };
 
 enum {
   FLAG_ACTS_2D = 1,
@@ -15,6 +15,7 @@ enum {
   FLAG_OUT_FP16 = 32,
   FLAG_SWIGLU = 64,
   FLAG_SCALE_MAPS = 128,
+  FLAG_ONE_PER_SM = 256,
 };
 
 typedef struct GemmParams {

@@ -54,6 +54,14 @@ struct WeightProducer {
     words += T::STEP_UNITS * T::UNIT_BYTES;
     unit += T::STEP_UNITS;
   }
+  // Brings the next steps' weights into L2.
+  DEVICE void prefetch(int steps, uint64_t policy) const {
+    const int bytes = min(steps * T::STEP_UNITS, units - unit) * T::UNIT_BYTES;
+    if (bytes <= 0) return;
+#pragma unroll
+    for (int j = 0; j < T::STRIPS; j++)
+      if (j < strips) bulk_prefetch(words + j * strip_stride, bytes, policy);
+  }
 };
 
 // The copy engine takes requests in order. A kernel that moves in beside the one before it could have all of its ring
@@ -67,6 +75,17 @@ struct Pace {
     }
   }
 };
+
+// A kernel that lies beside the one before it has filled its ring long before that one ends, and memory would idle
+// until a slot is free. So the steps behind the ring go to L2 meanwhile: as much as memory delivers in that time, and
+// no more, since it comes before what the other CTAs still need.
+constexpr int AHEAD_BYTES = 64 << 10;  // of weights, for each SM
+template <class T>
+DEVICE int steps_ahead(const GemmParams& p, int steps) {
+  if (T::CTAS_PER_SM == 1 || blockIdx.y > 0) return 0;  // comes when the one before has ended; reads what others read
+  const int bytes = p.flags & FLAG_ONE_PER_SM ? AHEAD_BYTES : AHEAD_BYTES / T::CTAS_PER_SM;
+  return min(steps - T::STAGES, bytes / T::WEIGHTS_BYTES);
+}
 
 // Scales and zero points: of all groups of a stage by one tensor map each, or row by row where stages begin and end
 // inside groups. Integer zero points come in pairs, and as many pairs as the tile has rows: so all rows are as long.
@@ -84,6 +103,18 @@ struct ScaleProducer {
     const bool zeros = T::GENERAL && p.zeros, integers = zeros && p.flags & FLAG_INTEGER_ZEROS;
     if (p.flags & FLAG_SCALE_MAPS) load_groups(ring, slot, policy, zeros, integers);
     else load_rows(ring, slot, policy, zeros, integers);
+  }
+
+  // Brings those of the next steps into L2, where they have tensor maps.
+  DEVICE void prefetch(int steps) const {
+    if (!(p.flags & FLAG_SCALE_MAPS)) return;
+    const bool zeros = T::GENERAL && p.zeros, integers = zeros && p.flags & FLAG_INTEGER_ZEROS;
+    GroupWalk next = walk;
+    for (; steps > 0; steps--) {
+      tensor_prefetch_2d(&maps.scales, row0, next.index);
+      if (zeros) tensor_prefetch_2d(&maps.zeros, integers ? row0 / 2 : row0, next.index);
+      next.advance(T::SCALE_ROWS);
+    }
   }
 
  private:

@@ -92,6 +92,14 @@ DEVICE void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t ba
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
 }
+// Into L2 alone. Who copies it later waits for no memory; nothing says when it has arrived.
+DEVICE void bulk_prefetch(const void* src, uint32_t bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(src), "r"(bytes), "l"(policy)
+               : "memory");
+}
+DEVICE void tensor_prefetch_2d(const void* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
 DEVICE void tensor_copy_2d(uint32_t dst, const void* map, int x, int y, uint32_t bar) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::

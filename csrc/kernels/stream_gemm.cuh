@@ -90,14 +90,18 @@ DEVICE void stream_gemm(const TensorMaps& maps, const GemmParams& p) {
     if (elect_one()) {
       const uint64_t policy = gridDim.y == 1 ? policy_evict_first() : policy_evict_normal();
       const int rows = p.row_tiles * T::ROWS, read0 = padding ? min(row0 - rows, rows - T::ROWS) : row0;
-      const int unit0 = step0 * T::STEP_UNITS;
+      const int unit0 = step0 * T::STEP_UNITS, ahead = steps_ahead<T>(p, steps);
       Position<T::STAGES> at;  // the first round of waits passes at once
       if (warp == T::WARPS) {
         WeightProducer<T> weights(p, read0, unit0, k_units);
         const Pace pace;
+        // when consumers have late_steps left, less the part of a step until its weights are converted
+        const int let_in = p.late_steps == 0 ? -1 : steps - p.late_steps + T::STAGES - 1;
         fill<Operand::Weights>(own, at, steps, [&](int slot, int step) {
           weights.load(own, slot, policy);
           if (step < T::STAGES) pace.hold((step + 1) * T::WEIGHTS_BYTES);
+          if (step == T::STAGES - 1) weights.prefetch(ahead, policy);
+          if (step == let_in) launch_dependents();
         });
       } else if (warp == T::WARPS + 1) {
         prefetch_tensor_map(&maps.acts);
@@ -109,14 +113,17 @@ DEVICE void stream_gemm(const TensorMaps& maps, const GemmParams& p) {
       } else {
         prefetch_tensor_map(&maps.scales);
         ScaleProducer<T> scales(maps, p, read0, unit0);
-        fill<Operand::Weights>(own, at, steps, [&](int slot, int) { scales.load(own, slot, policy); });
+        fill<Operand::Weights>(own, at, steps, [&](int slot, int step) {
+          scales.load(own, slot, policy);
+          if (step == T::STAGES - 1) scales.prefetch(ahead);
+        });
       }
     }
     meet_cluster();
     return;
   }
   float acc[T::BLOCKS][T::TOKENS / 2];
-  Consumer<Types, T>(p, ring, strip0, k_wg, warp, lane).multiply(acc, steps, p.late_steps);
+  Consumer<Types, T>(p, ring, strip0, k_wg, warp, lane).multiply(acc, steps);
   meet_cluster();
   auto slab_row = [&](int b) { return row0 + (strip0 + b) * 64 + warp % 4 * 16; };
   SlabBias bias[T::BLOCKS];

@@ -165,8 +165,8 @@ static int check_plan(const machete_loader_plan* p) {
   good &= is_map(&p->acts) && is_map(&p->scales) && is_map(&p->zeros);
   good &= p->acts.rank != 0 && p->scales.rank != 3 && p->zeros.rank != 3 && (p->scales.rank || !p->zeros.rank);
   const GemmParams* g = &p->params;
-  const int32_t known =
-      FLAG_ACTS_2D | FLAG_INTEGER_ZEROS | FLAG_OUT_FP32 | FLAG_OUT_BF16 | FLAG_OUT_FP16 | FLAG_SWIGLU | FLAG_SCALE_MAPS;
+  const int32_t known = FLAG_ACTS_2D | FLAG_INTEGER_ZEROS | FLAG_OUT_FP32 | FLAG_OUT_BF16 | FLAG_OUT_FP16 |
+                        FLAG_SWIGLU | FLAG_SCALE_MAPS | FLAG_ONE_PER_SM;
   good &= g->m > 0 && g->n > 0 && g->k > 0 && g->group_blocks > 0 && g->scale_stride >= 0 && g->zero_stride >= 0;
   good &= g->out_stride >= 0 && g->row_tiles > 0 && g->token_tiles > 0 && g->steps >= 0 && g->even_tiles >= 0;
   good &= g->share_steps >= 0 && g->longer_shares >= 0 && g->late_steps >= 0 && !(g->flags & ~known);
