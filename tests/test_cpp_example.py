@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from machete_aot.abi import FLAG_ONE_PER_SM
 from machete_aot.bundle import Bundle
 from machete_aot.config import ScheduleConfig, TileConfig
 from machete_aot.launch import Shape, make_plan
@@ -100,7 +101,8 @@ def test_its_plan_is_that_of_python(program: Path, bundle: Bundle, m: int, tile:
     found = subprocess.run(command, capture_output=True, check=True).stdout
     kernel = bundle.manifest.kernel_for(BF16, schedule(tile))
     plan = make_plan(kernel, ScheduleConfig(tile, 1), Shape(m, n, k, 128, k, n, n, code_zero=8), sms=132)
-    params = plan.params | {"late_steps": 0}  # which is for launches beside others, as are the next two
+    alone = {"late_steps": 0, "flags": plan.params["flags"] & ~FLAG_ONE_PER_SM}
+    params = plan.params | alone  # which is for launches beside others, as are the next two
     grid = params["row_tiles"], params["token_tiles"], 1  # not padded for them either
     assert found == pack_plan(replace(plan, params=params, one_per_sm=False, every_sm=False, grid=grid))
 

@@ -130,15 +130,20 @@ def test_whole_tiles_of_clusters(n: int, ctas: int) -> None:
     assert acts and acts.box == (64, 256, 2)
 
 
+def flags_of(found: LaunchPlan) -> int:
+    """Flags of a launch but for the one that says how many of its CTAs an SM has, which has a test of its own."""
+    return found.params["flags"] & ~abi.FLAG_ONE_PER_SM
+
+
 def test_a_tile_that_is_not_full_copies_no_more_tokens_than_there_are() -> None:
     for tile, m, rows in ((NARROW, 1, 1), (NARROW, 7, 7), (WIDE, 33, 33), (FLAT, 255, 255)):
         found = plan(tile, 1, m, 8192, 4096)
         assert found.maps[0] == ((4096, m), (8192,), (64, rows), True)
-        assert found.params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_SCALE_MAPS
+        assert flags_of(found) == abi.FLAG_ACTS_2D | abi.FLAG_SCALE_MAPS
     for tile, m in ((NARROW, 8), (NARROW, 9), (WIDE, 65), (FLAT, 256), (FLAT, 257)):
         found = plan(tile, 1, m, 8192, 4096)
         assert found.maps[0] == ((64, m, 64), (8192, 128), (64, tile.tokens, tile.step_units), True)
-        assert found.params["flags"] == abi.FLAG_SCALE_MAPS
+        assert flags_of(found) == abi.FLAG_SCALE_MAPS
     assert plan(WIDE, 1, 33, 8192, 4100).maps[0] == ((4100, 33), (8208,), (64, 33), True)
     assert plan(WIDE, 1, 65, 8192, 4100).maps[0] == ((4100, 65), (8208,), (64, 64), True)
 
@@ -194,7 +199,7 @@ def test_maps_of_scales_and_zeros(n: int, more: dict[str, int], zeros: tuple[obj
     found = plan(NARROW, 1, 8, n, 4096, scale_stride=8200, **more)
     scales = ((n, 32), (16400,), (128, 2), False)  # 128 rows of weights, and two groups in a stage of 256 k
     assert found.maps[1:] == (scales, zeros)
-    assert found.params["flags"] == more.get("flags", 0) | abi.FLAG_SCALE_MAPS
+    assert flags_of(found) == more.get("flags", 0) | abi.FLAG_SCALE_MAPS
     # of groups that are not aligned with the stages there are none
     found = plan(NARROW, 1, 8, n, 4096, 192, scale_stride=8200, **more)
     assert found.maps[1:] == (None, None)
@@ -289,7 +294,8 @@ def test_flags_of_the_call_reach_the_kernel(n: int, flags: int, pairs: bool) -> 
     found = make_plan(kernel(NARROW), ScheduleConfig(NARROW, 1), shape(8, n, 128, flags=flags), sms=132)
     operands = OPERANDS._replace(zeros=0x7F6000000000, channel_scales=0x7F7000000000, token_scales=0x7F8000000000)
     params = abi.unpack_params(parameter_bytes(found, operands, 0, 0))
-    assert params["flags"] == flags | abi.FLAG_SCALE_MAPS | (abi.FLAG_STORE_PAIRS if pairs else 0)
+    stores = abi.FLAG_STORE_PAIRS if pairs else 0
+    assert params["flags"] == flags | stores | abi.FLAG_SCALE_MAPS | abi.FLAG_ONE_PER_SM
     for name in ("zeros", "channel_scales", "token_scales"):
         assert params[name] == getattr(operands, name)
 
@@ -379,7 +385,7 @@ def test_aligned_launch(stub: Stub) -> None:
         "out_stride": 8200,
         "group_blocks": 4,
         "code_zero": 0,
-        "flags": abi.FLAG_STORE_PAIRS | abi.FLAG_SCALE_MAPS,
+        "flags": abi.FLAG_STORE_PAIRS | abi.FLAG_SCALE_MAPS | abi.FLAG_ONE_PER_SM,
         "row_tiles": 64,
         "token_tiles": 1,
         "steps": 16,

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from machete_aot import placement
+from machete_aot import abi, placement
 from machete_aot.config import SHARED_PER_SM, SHARED_RESERVED, ScheduleConfig, TileConfig
 from machete_aot.launch import LaunchPlan, Shape, make_plan
 from machete_aot.manifest import KernelInfo
@@ -122,6 +122,7 @@ def test_late_steps(ctas_per_sm: int, stages: int, split: int, m: int, n: int, k
 def test_who_has_an_sm_alone(tile: TileConfig, split: int, m: int, n: int, one: bool, every: bool) -> None:
     found = plan(tile, split, m, n, 8192)
     assert (found.one_per_sm, found.every_sm) == (one, every)
+    assert bool(found.params["flags"] & abi.FLAG_ONE_PER_SM) == one
 
 
 def test_two_ctas_of_over_half_do_not_fit() -> None:

@@ -162,7 +162,7 @@ def test_ragged_n_and_k(stub: Stub) -> None:
     assert params["scale_stride"] == 104
     assert params["scales"] != layer.scales.data_ptr()
     assert params["group_blocks"] == 2
-    assert params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_SCALE_MAPS
+    assert params["flags"] == abi.FLAG_ACTS_2D | abi.FLAG_SCALE_MAPS | abi.FLAG_ONE_PER_SM
     scales = launch.tensor_maps[1]  # of the copy, without what pads its rows
     assert scales and (scales.address, scales.dims, scales.strides) == (params["scales"], (100, 4), (208,))
 
@@ -552,7 +552,7 @@ def test_flags_of_the_epilogue(stub: Stub, options: dict[str, Any], flags: int) 
     assert params["channel_scales"] == (0 if channel is None else channel.data_ptr())
     assert params["token_scales"] == (0 if token is None else token.data_ptr())
     pairs = 0 if flags & abi.FLAG_OUT_FP32 else abi.FLAG_STORE_PAIRS
-    assert params["flags"] == flags | pairs | abi.FLAG_SCALE_MAPS
+    assert params["flags"] == flags | pairs | abi.FLAG_SCALE_MAPS | abi.FLAG_ONE_PER_SM
     assert params["out_stride"] == (128 if "activation" in options else 256)
     assert params["n"] == 256
 

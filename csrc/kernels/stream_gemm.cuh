@@ -50,7 +50,10 @@ DEVICE void stream_gemm(const TensorMaps& maps, const GemmParams& p) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int rank = cluster_rank(), log_split = 31 - __clz(cluster_size()), split = 1 << log_split;
   const int log_workers = log_split + T::LOG_K_WG, workers = 1 << log_workers;
-  const int row0 = (blockIdx.x >> log_split) * T::ROWS, token0 = blockIdx.y * T::TOKENS;
+  const int row0 = (blockIdx.x >> log_split) * T::ROWS;
+  // The last of several tiles ends with the last token, and has some of the tile before it once more, to the same bits:
+  // the copy engine takes longer for a row of zeros past the end than for one that it reads.
+  const int token0 = max(0, min(int(blockIdx.y) * T::TOKENS, p.m - T::TOKENS));
   const int k_units = (p.k + UNIT_K - 1) / UNIT_K;
   const int all_steps = (k_units + T::STEP_UNITS - 1) / T::STEP_UNITS;
   const int step0 = all_steps * rank >> log_split;
