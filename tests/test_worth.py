@@ -24,7 +24,7 @@ LEAVING = ["stream_128x32x128_r2k1_s8c1_x4"]
 
 @tables
 def test_every_schedule_is_worth_two_percent_somewhere(table: ImplConfig) -> None:
-    leaving = [s.name for s in table.schedules if s.name in LEAVING and not table.types[0].fine]
+    leaving = [s.name for s in table.schedules if s.name in LEAVING]
     assert worth.unworthy(worth.worth(ROWS, table), table) == leaving
 
 
