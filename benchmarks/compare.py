@@ -23,7 +23,7 @@ import torch
 
 from machete_aot.bench import CUBLAS, Plan, Row, Timing, require_gpu
 from machete_aot.bench_report import run_and_print
-from machete_aot.cli_bench import rest_of
+from machete_aot.cli_bench import add_heat_options
 from machete_aot.peers import PEERS
 from machete_aot.prepack import A_DTYPES
 from machete_aot.timing import KINDS
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--dtype", "--types", default="bf16", choices=list(A_DTYPES))
     parser.add_argument("--weights", default="u4b8", choices=list(KINDS))
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--rest", type=rest_of, default=0.0, help="idle time after each replay, in times its duration")
+    add_heat_options(parser)
     parser.add_argument("--tokens", type=int, nargs="+", help="only these of the file's M")
     options = parser.parse_args()
     require_gpu()
@@ -84,6 +84,7 @@ def main() -> None:
         options.group,
         weights=kind,
         rest=options.rest,
+        alone=options.alone,
     )
     figures = load_figures(document)
     scales = comparable(torch.cuda.get_device_name(), options.group, options.weights)

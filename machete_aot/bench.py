@@ -29,6 +29,7 @@ from .timing import (
     TimedGraph,
     WeightKind,
     Weights,
+    alone_us,
     alternate_us,
     ceiling_of,
     floor_us,
@@ -48,7 +49,8 @@ ERROR_ROWS = 512  # of a result that are compared at a time
 class Plan:
     """What to time: shapes (N, K), numbers of tokens M, the activations' dtype, k that share a scale (-1: all).
 
-    ``rounds`` and ``rest`` are what ``timing.alternate_us`` takes.
+    ``rounds`` and ``rest`` are what ``timing.alternate_us`` takes, ``alone`` the seconds that ``timing.alone_us`` takes
+    instead; 0 times in turns.
     """
 
     shapes: tuple[tuple[int, int], ...] = SHAPES
@@ -58,6 +60,7 @@ class Plan:
     rounds: int = ROUNDS
     weights: WeightKind = U4B8
     rest: float = 0.0
+    alone: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def _measure(
                 graphs[name] = graph
         except Exception as error:
             found[name] = _failure(name, error)
-    times = alternate_us(list(graphs.values()), plan.rounds, plan.rest)
+    timed = list(graphs.values())  # ours first
+    times = alone_us(timed, plan.alone) if plan.alone else alternate_us(timed, plan.rounds, plan.rest)
     for name, us in zip(graphs, times, strict=True):
         found[name] = Timing(us, found[name].error)
     clocks = _clocks(graphs[OURS], times[0], monitor) if monitor is not None and OURS in graphs else (None, None)

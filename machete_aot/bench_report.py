@@ -169,6 +169,7 @@ def record(
         "group": plan.group,
         "rounds": plan.rounds,
         "rest": plan.rest,
+        "alone": plan.alone,
         "peers": {
             **{peer.name: {"version": peer.version, "problem": None} for peer in peers},
             **{name: {"version": None, "problem": why} for name, why in missing.items()},

@@ -44,13 +44,7 @@ def add_command(add: Add) -> None:
         "--group", type=_group, default=128, help="k that share a scale, -1 for all (default: %(default)s)"
     )
     bench.add_argument("--rounds", metavar="R", type=_positive, help="replays that each median is of (default: 9)")
-    bench.add_argument(
-        "--rest",
-        metavar="T",
-        type=rest_of,
-        default=0.0,
-        help="idle after each replay for T times its duration: power then limits less (default: 0)",
-    )
+    add_heat_options(bench)
     bench.add_argument(
         "--peers",
         metavar="NAME,...",
@@ -61,6 +55,25 @@ def add_command(add: Add) -> None:
     bench.add_argument("--json", metavar="PATH", type=Path, dest="json_path", help="write everything as JSON")
     bench.add_argument("--plot", metavar="PATH", type=Path, help="draw it, as .svg or .png; needs machete-aot[bench]")
     add_bundle_options(bench)
+
+
+def add_heat_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what tells how far power limits those that are compared, in turns by default."""
+    heat = parser.add_mutually_exclusive_group()
+    heat.add_argument(
+        "--rest",
+        metavar="T",
+        type=rest_of,
+        default=0.0,
+        help="idle after each replay for T times its duration: power then limits less (default: 0)",
+    )
+    heat.add_argument(
+        "--alone",
+        metavar="S",
+        type=_seconds,
+        default=0.0,
+        help="replay nothing else for S seconds, twice, instead of in turns with the others",
+    )
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -81,6 +94,7 @@ def _bench(options: argparse.Namespace) -> int:
         options.rounds or bench.ROUNDS,
         timing.KINDS[options.weights],
         options.rest,
+        options.alone,
     )
     command = shlex.join(["machete-aot", *sys.argv[1:]])
     rows = bench_report.run_and_print(plan, options.peers, command, options.json_path)
@@ -130,6 +144,13 @@ def rest_of(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 100")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 60:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 60")
     return value
 
 

@@ -131,6 +131,25 @@ def alternate_us(graphs: Sequence[TimedGraph], rounds: int, rest: float = 0.0) -
     return [statistics.median(found) for found in times]
 
 
+def alone_us(graphs: Sequence[TimedGraph], seconds: float) -> list[float]:
+    """Microseconds per call of each graph while it is all that runs, as in a program that has no other kernels.
+
+    In turns, graphs share the clock of a card that is limited by power: one that needs little energy waits for the
+    others' heat. Here each has stretches of ``seconds`` of its own, the second half of which counts, from the first
+    graph to the last and back again, so that none has the cooler card.
+    """
+    times: list[list[float]] = [[] for _ in graphs]
+    there = list(zip(graphs, times, strict=True))
+    for graph, found in (*there, *reversed(there)):
+        start, passed = time.monotonic(), 0.0
+        while passed < seconds:
+            us = graph.replay_us()
+            passed = time.monotonic() - start
+            if passed >= seconds / 2:
+                found.append(us)
+    return [statistics.median(found) for found in times]
+
+
 class Quantised(NamedTuple):
     """One copy of a layer's weights: codes, packed or prepacked, scales and zeros."""
 

@@ -178,6 +178,9 @@ def test_other_options() -> None:
         ("--rounds", "0"),
         ("--rest", "-1"),
         ("--rest", "x"),
+        ("--alone", "0"),
+        ("--alone", "61"),
+        ("--alone", "1", "--rest", "1"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,6 +249,52 @@ def test_a_card_rests_in_proportion_to_what_it_did(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(timing.time, "sleep", slept.append)
     assert timing.alternate_us([Constant(10, 30), Constant(500, 4)], 2, rest=2) == [10, 500]  # type: ignore[arg-type]
     assert slept == pytest.approx([600e-6, 4000e-6] * 2)
+
+
+def test_alone_each_has_two_stretches_of_which_the_second_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+
+    class Warming:
+        """Replays of a second, slower by as much as the card has been busy."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def replay_us(self) -> float:
+            order.append(self.name)
+            now[0] += 1
+            return now[0]
+
+    graphs = [Warming("a"), Warming("b"), Warming("c")]
+    found = timing.alone_us(graphs, 4)  # type: ignore[arg-type]
+    assert "".join(order) == "aaaabbbbccccccccbbbbaaaa"
+    # of a the replays that end at 2, 3, 4 and 22, 23, 24, and so on: the same mean for all
+    assert found == [13.0, 13.0, 13.0]
+
+
+def test_alone_a_replay_longer_than_its_stretch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+
+    class Long:
+        def replay_us(self) -> float:
+            now[0] += 10
+            return 7.0
+
+    assert timing.alone_us([Long()], 0.5) == [7.0]  # type: ignore[list-item]
+
+
+def test_a_plan_of_stretches_is_not_timed_in_turns(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def alone(graphs: Sequence[Any], seconds: float) -> list[float]:
+        asked.append(seconds)
+        return [3.0] * len(graphs)
+
+    monkeypatch.setattr(bench, "alone_us", alone)
+    (row,) = bench.run(replace(TINY, shapes=TINY.shapes[:1], tokens=TINY.tokens[:1], alone=0.25), [], device="cpu")
+    assert asked == [0.25] and row.ours.us == 3.0
 
 
 @pytest.mark.parametrize(
