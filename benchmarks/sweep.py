@@ -110,7 +110,7 @@ def main() -> None:
     tokens = [m for m in (HELD_OUT_TOKENS if options.held_out else TOKENS) if m in (options.tokens or [m])]
     record: dict[str, Any] = {
         **run_record("sweep"),
-        "device": driver.device(0).part._asdict(),
+        "device": driver.device(0).part.facts(),
         "rest": options.rest,
         "rows": [],
     }

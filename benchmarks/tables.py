@@ -102,13 +102,13 @@ def ratio(over: Times, under: Times, m: int) -> str:
     return f"{geometric_mean(common):.2f}" if common else ""
 
 
-def means(run: Run, fp16: Run, group_128: Run, group_64: Run, one_group: Run) -> list[str]:
+def means(run: Run, fp16: Run, group_64: Run, one_group: Run) -> list[str]:
     """Of each M, over all shapes: speed-up, aim, worst shape, time over floor, fp16, and other groups' time / 128's.
 
     Groups were timed in runs of their own with the same kernels, on other cards: each is taken over cuBLAS in its run.
     """
     other = {mean["m"]: mean["speedup"] for mean in fp16["means"]}
-    ours, small, one = map(over_cublas, (group_128, group_64, one_group))
+    ours, small, one = map(over_cublas, (run, group_64, one_group))
     return [
         line(
             *(m := mean["m"], f"{mean['speedup']:.2f}", f"{AIMS[m]:.2f}", f"{mean['worst']:.2f}"),
@@ -118,7 +118,7 @@ def means(run: Run, fp16: Run, group_128: Run, group_64: Run, one_group: Run) ->
     ]
 
 
-def rested(run: Run) -> list[str]:
+def by_tokens(run: Run) -> list[str]:
     """Of each M: speed-up, worst shape, time over floor."""
     return [line(x["m"], f"{x['speedup']:.2f}", f"{x['worst']:.2f}", f"{x['over_floor']:.2f}") for x in run["means"]]
 
@@ -127,7 +127,7 @@ def h200(run: Run) -> list[str]:
     """The same, and our time at each shape."""
     times = times_of(run)
     lines = []
-    for cells, mean in zip(rested(run), run["means"], strict=True):
+    for cells, mean in zip(by_tokens(run), run["means"], strict=True):
         each = (f"{times[(mean['m'], *shape)]:.1f}" for shape in H200_SHAPES)
         lines.append(cells + line(*each)[1:])
     return lines
@@ -202,12 +202,13 @@ def plot(run: Run, path: Path) -> None:
 def tables(folder: Path = RESULTS) -> dict[str, list[str]]:
     """Every table by what it shows; its lines stand so in README.md (the first) and docs/performance.md."""
     bf16, fp16, h200_run = (load(f"compare-{name}", folder) for name in ("h100-bf16", "h100-fp16", "h200-bf16"))
-    groups = [load(f"compare-h100-bf16-{name}", folder) for name in ("group-128", "group-64", "one-group")]
+    groups = [load(f"compare-h100-bf16-{name}", folder) for name in ("group-64", "one-group")]
     return {
         "README.md": readme(bf16),
         "8192 x 8192": one_shape(bf16),
         "all shapes": means(bf16, fp16, *groups),
-        "a card that rests": rested(load("compare-h100-bf16-rested", folder)),
+        "a card that rests": by_tokens(load("compare-h100-bf16-rested", folder)),
+        "each on its own": by_tokens(load("compare-h100-bf16-alone", folder)),
         "H200": h200(h200_run),
         "other weights": other_weights(swept(folder)),
     }

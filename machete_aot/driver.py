@@ -12,11 +12,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 from .errors import DeviceError, DriverCallError
-from .part import Part
+from .part import Clocks, Part
 
 _bindings: Any = None
 _import_error: Exception | None = None
@@ -225,14 +225,9 @@ def _check(name: str, status: Any) -> None:
 
 def _describe(index: int) -> Device:
     handle = call("cuDeviceGet", index)
-    attribute = api().CUdevice_attribute
-
-    def ask(name: str) -> int:
-        return int(call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
-
+    ask = partial(_attribute, handle)
     name = call("cuDeviceGetName", 256, handle).split(b"\0")[0].decode("utf-8", "replace")
     sms = ask("MULTIPROCESSOR_COUNT")
-    transfers = 2e-3 * ask("MEMORY_CLOCK_RATE")  # a microsecond: double data rate, from kHz
     return Device(
         index=index,
         handle=handle,
@@ -240,5 +235,15 @@ def _describe(index: int) -> Device:
         capability=(ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")),
         sms=sms,
         shared_memory=ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-        part=Part(name, sms, ask("CLOCK_RATE") / 1e3, transfers * ask("GLOBAL_MEMORY_BUS_WIDTH") / 8),
+        part=Part(name, sms, cache(partial(_clocks, handle))),
     )
+
+
+def _clocks(handle: Any) -> Clocks:
+    transfers = 2e-3 * _attribute(handle, "MEMORY_CLOCK_RATE")  # a microsecond: double data rate, from kHz
+    width = _attribute(handle, "GLOBAL_MEMORY_BUS_WIDTH") / 8
+    return Clocks(_attribute(handle, "CLOCK_RATE") / 1e3, transfers * width)
+
+
+def _attribute(handle: Any, name: str) -> int:
+    return int(call("cuDeviceGetAttribute", getattr(api().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))

@@ -242,11 +242,7 @@ class Manifest:
 
     @cached_property
     def _schedules_by_types(self) -> dict[str, tuple[ScheduleInfo, ...]]:
-        found: dict[str, list[ScheduleInfo]] = {}
-        for schedule in self.schedules:
-            for name in schedule.types:
-                found.setdefault(name, []).append(schedule)
-        return {name: tuple(schedules) for name, schedules in found.items()}
+        return {}  # those that were asked for
 
     @property
     def compiled(self) -> tuple[KernelInfo | HelperInfo, ...]:
@@ -303,7 +299,10 @@ class Manifest:
 
     def schedules_for(self, types: TypeConfig) -> tuple[ScheduleInfo, ...]:
         """Every schedule of these types, in manifest order; empty if there is none."""
-        return self._schedules_by_types.get(types.name, ())
+        found = self._schedules_by_types.get(types.name)
+        if found is None:
+            found = self._schedules_by_types[types.name] = tuple(s for s in self.schedules if types.name in s.types)
+        return found
 
     def schedules_of(self, kernel: KernelInfo) -> tuple[ScheduleInfo, ...]:
         """Every schedule that this kernel runs, in manifest order."""

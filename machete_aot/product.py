@@ -192,7 +192,7 @@ def explain(
     types = kernel_types(bundle, product)
     part = driver.device(torch.cuda.current_device()).part if torch.cuda.is_available() else H100
     if sms is not None:
-        part = part._replace(sms=sms)
+        part = replace(part, sms=sms)
     explain_choice = invariance.explain if batch_invariant else selection.explain
     return explain_choice(bundle.manifest, types.name, m, n, k, part)
 

@@ -42,7 +42,7 @@ def products() -> list[Product]:
 
 def heuristic_table(coefficients: dict[str, dict[str, dict[str, float]]]) -> HeuristicTable:
     """An H100's table with these coefficients, by types and schedule, and without measured products."""
-    return HeuristicTable("a test", *H100, bytes_per_us=3e6, coefficients=coefficients, measured={})
+    return HeuristicTable("a test", H100.name, H100.sms, *H100.clocks(), 3e6, coefficients, measured={})
 
 
 def release(schedules: Sequence[ScheduleConfig] = SCHEDULES) -> Release:

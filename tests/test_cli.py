@@ -221,7 +221,7 @@ def test_explain_names_the_schedule_that_is_selected(capsys: pytest.CaptureFixtu
     from machete_aot.selection import select
 
     for m, sms in ((1, 132), (16, 78), (4096, 132)):
-        chosen = select(embedded.manifest, "fp16_u4b8", m, 6144, 4096, H100._replace(sms=sms)).name
+        chosen = select(embedded.manifest, "fp16_u4b8", m, 6144, 4096, dataclasses.replace(H100, sms=sms)).name
         arguments = ("explain", m, 6144, 4096, "--a", "fp16", "--sms", sms)
         status, out, _ = run(capsys, *arguments)
         assert status == 0 and chosen in out

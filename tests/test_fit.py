@@ -42,7 +42,7 @@ def sweep(path: Path, *all_types: TypeConfig, clock: float = H100.clock_mhz) -> 
         for types in all_types
         for m, n, k in PRODUCTS
     ]
-    device = {**H100._asdict(), "clock_mhz": clock}
+    device = {**H100.facts(), "clock_mhz": clock}
     path.write_text(json.dumps({"device": device, "date": "2026-11-22", "rows": rows}))
     return path
 

@@ -210,7 +210,7 @@ def order_for(manifest: Manifest, types: str, m: int, n: int, k: int, part: Part
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(TYPES), st.integers(1, 20000), st.integers(1, 20000), st.sampled_from([78, 114, 132]))
 def test_the_order_is_the_same_for_every_m(types: TypeConfig, n: int, k: int, sms: int) -> None:
-    part = H100._replace(sms=sms)
+    part = dataclasses.replace(H100, sms=sms)
     found = {order_for(bundle().manifest, types.name, m, n, k, part) for m in range(1, 5001)}
     assert len(found) == 1
     assert found == {choose_order(bundle().manifest, types.name, n, k, part).order}
@@ -296,7 +296,7 @@ def test_the_choice_is_made_once() -> None:
     first = choose_order(manifest, BF16.name, 640, 4096, H100)
     assert choose_order(manifest, BF16.name, 640, 4096, H100) is first
     assert choose_order(manifest, FP16.name, 640, 4096, H100) is not first
-    assert choose_order(manifest, BF16.name, 640, 4096, H100._replace(sms=114)) is not first
+    assert choose_order(manifest, BF16.name, 640, 4096, dataclasses.replace(H100, sms=114)) is not first
     assert choose_order(with_times({}, others=3.0), BF16.name, 640, 4096, H100) is not first
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -302,6 +303,18 @@ def test_versions_and_devices(stub: Stub) -> None:
     device = driver.device(1)
     assert (device.name, device.capability, device.sms, device.shared_memory) == ("Stub 1", (9, 0), 132, 227 * 1024)
     assert driver.device(1) is device
+
+
+@stubbed
+def test_clocks_are_asked_for_where_they_are_needed_and_once(stub: Stub) -> None:
+    part = driver.device(0).part
+    asked = stub.calls("cuDeviceGetAttribute")
+    assert (part.name, part.sms) == ("Stub 0", 132)
+    assert stub.calls("cuDeviceGetAttribute") == asked
+    assert (part.clock_mhz, part.peak_bytes_per_us) == (1980, 2 * 2619e6 * 5120 / 8 / 1e6)
+    assert stub.calls("cuDeviceGetAttribute") == asked + 3
+    assert replace(driver.device(0).part, sms=114).facts() == {**part.facts(), "sms": 114}
+    assert stub.calls("cuDeviceGetAttribute") == asked + 3
 
 
 def test_without_a_driver() -> None:

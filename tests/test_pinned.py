@@ -20,7 +20,7 @@ from machete_aot.fetch import fetch_bundle
 from machete_aot.frames import manifest_frame, manifest_text
 from machete_aot.manifest import Manifest, dump_manifest, parse_manifest
 from machete_aot.manifest_rules import SCHEMA
-from machete_aot.part import H100
+from machete_aot.part import H100, Part
 from machete_aot.pinned import parse_pinned
 from small_bundle import small_bundle
 
@@ -85,7 +85,7 @@ def test_a_product_decodes_its_own_types_alone() -> None:
     whole = parse_manifest(EMBEDDED)
     types = parts.types_for(ProductTypes("bf16", "u4b8", "none", False))
     assert types is not None
-    for part in (H100, H100._replace(name="another", clock_mhz=1500.0)):
+    for part in (H100, Part.known("another", H100.sms, 1500.0, H100.peak_bytes_per_us)):
         for m in (1, 16, 4096):
             chosen = selection.explain(parts, types.name, m, 4096, 4096, part)
             assert chosen == selection.explain(whole, types.name, m, 4096, 4096, part)

@@ -36,7 +36,7 @@ from machete_aot.selection import (
 )
 from small_bundle import cubin_like, release
 
-H200 = Part("NVIDIA H200", 132, 1980, 4.917e6)
+H200 = Part.known("NVIDIA H200", 132, 1980, 4.917e6)
 MANIFEST = fetch_bundle().manifest
 BF16, FP16 = TypeConfig("bf16", "u4b8", "bf16"), TypeConfig("fp16", "u4b8", "fp16")
 PRODUCTS = st.tuples(st.integers(1, 5000), st.integers(1, 60000), st.integers(1, 30000))
@@ -53,13 +53,13 @@ BOTH = dataclasses.replace(MANIFEST, heuristic=Heuristic(2, (table("A", H100), t
 
 
 def test_a_measured_gpu_gets_its_own_table() -> None:
-    assert table_for(BOTH, H200._replace(name="B"), "t") is BOTH.heuristic.tables[1]
+    assert table_for(BOTH, dataclasses.replace(H200, name="B"), "t") is BOTH.heuristic.tables[1]
 
 
 def test_another_gpu_gets_the_more_similar_table_scaled() -> None:
-    part = Part("C", 78, 990, 4.022e6)  # more bandwidth for its clocks than either: nearer to B
+    part = Part.known("C", 78, 990, 4.022e6)  # more bandwidth for its clocks than either: nearer to B
     found = table_for(BOTH, part, "t")
-    assert (found.device, found.sms, found.clock_mhz, found.peak_bytes_per_us) == tuple(part)
+    assert (found.device, found.sms, found.clock_mhz, found.peak_bytes_per_us) == (part.name, part.sms, *part.clocks())
     assert table_for(dataclasses.replace(BOTH, heuristic=Heuristic(2, (found,))), part, "t") is found  # scaled once
     assert found.bytes_per_us == pytest.approx(3e6 * 4.022 / 4.917)
     scaled = found.coefficients["t"]["s"]
@@ -69,7 +69,7 @@ def test_another_gpu_gets_the_more_similar_table_scaled() -> None:
 
 
 def test_the_same_name_with_fewer_sms_is_another_gpu() -> None:
-    assert "derived" in table_for(BOTH, H100._replace(name="A", sms=114), "t").source
+    assert "derived" in table_for(BOTH, dataclasses.replace(H100, name="A", sms=114), "t").source
 
 
 def test_a_manifest_without_tables_says_so() -> None:
@@ -82,14 +82,14 @@ def test_types_that_a_gpu_lacks_come_from_the_others() -> None:
     a, b = BOTH.heuristic.tables
     both = dataclasses.replace(b, coefficients={**b.coefficients, "u": b.coefficients["t"]})
     some = dataclasses.replace(BOTH, heuristic=Heuristic(2, (a, both)))
-    part = H100._replace(name="A")
+    part = dataclasses.replace(H100, name="A")
     assert table_for(some, part, "t") is a
     found = table_for(some, part, "u")
     assert found.device == "A" and "derived for A from B" in found.source
 
 
 def test_explain_says_what_a_choice_was_derived_from() -> None:
-    part = Part("NVIDIA H20", 78, 1980, 4.0e6)
+    part = Part.known("NVIDIA H20", 78, 1980, 4.0e6)
     assert "derived for NVIDIA H20" in explain(MANIFEST, "bf16_u4b8", 16, 8192, 8192, part).text()
     assert "derived" not in explain(MANIFEST, "bf16_u4b8", 16, 8192, 8192, H100).text()
 
@@ -213,7 +213,7 @@ def test_coefficients_of_similar_schedules_stand_in() -> None:
 
 def test_products_of_unmeasured_types_get_a_schedule_and_explain_says_from_what() -> None:
     manifest = partly_measured()
-    for part in (H100, H200._replace(sms=100)):
+    for part in (H100, dataclasses.replace(H200, sms=100)):
         found = explain(manifest, U8.name, 4, 4096, 4096, part)
         assert found.chosen in {s.name for s in UNMEASURED}
         assert "bf16_u8_float was not measured, coefficients of bf16_u4b8 stand in for its own" in found.text()
