@@ -17,10 +17,10 @@ import machete_aot as machete
 from build_kernels.catalogue import SYMMETRIC, TYPES
 from machete_aot import driver
 from machete_aot.bench_report import as_lines
-from machete_aot.cli_bench import rest_of
+from machete_aot.cli_bench import add_heat_options
 from machete_aot.config import TypeConfig
 from machete_aot.prepack import A_DTYPES
-from machete_aot.timing import KINDS, Layer, WeightKind, alternate_us
+from machete_aot.timing import KINDS, Layer, WeightKind, compare_us
 
 from .run_record import run_record
 
@@ -67,9 +67,17 @@ def group_of(types: TypeConfig) -> int:
 
 
 def sweep(
-    types: TypeConfig, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], group: int, rest: float
+    types: TypeConfig,
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    group: int,
+    rest: float,
+    alone: float = 0.0,
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each shape, one row a product: {"types", "m", "n", "k", "group", "cublas_us", "us": {schedule: us}}."""
+    """For each shape, one row a product: {"types", "m", "n", "k", "group", "cublas_us", "us": {schedule: us}}.
+
+    ``rest`` and ``alone`` are what ``timing.compare_us`` takes.
+    """
     manifest, kind = machete.fetch_bundle().manifest, kind_of(types)
     tiles = {kernel.tile.name: kernel.tile for kernel in manifest.kernels_for(types)}
     for n, k in shapes:
@@ -78,7 +86,7 @@ def sweep(
         for m in tokens:
             names = [s.name for s in manifest.schedules_for(types) if tiles[s.tile].suits(m)]
             graphs = [layer.cublas_graph(m), *(layer.gemm_graph(m, name) for name in names)]
-            cublas, *ours = (round(us, 3) for us in alternate_us(graphs, ROUNDS, rest))
+            cublas, *ours = (round(us, 3) for us in compare_us(graphs, ROUNDS, rest, alone))
             times = dict(zip(names, ours, strict=True))
             best = min(times, key=lambda name: times[name])
             rows.append({"types": types.name, "m": m, "n": n, "k": k, "group": group, "cublas_us": cublas, "us": times})
@@ -104,7 +112,7 @@ def main() -> None:
         "--shapes", type=_span, default=slice(None), help="only the first N shapes, or those from A to B: A:B"
     )
     parser.add_argument("--tokens", nargs="+", type=int, help="only these of the grid's M")
-    parser.add_argument("--rest", type=rest_of, default=0.0, help="idle time after each replay, in times its duration")
+    add_heat_options(parser)
     options = parser.parse_args()
     shapes = (HELD_OUT_SHAPES if options.held_out else SHAPES)[options.shapes]
     tokens = [m for m in (HELD_OUT_TOKENS if options.held_out else TOKENS) if m in (options.tokens or [m])]
@@ -112,10 +120,11 @@ def main() -> None:
         **run_record("sweep"),
         "device": driver.device(0).part.facts(),
         "rest": options.rest,
+        "alone": options.alone,
         "rows": [],
     }
     for types in options.types:
-        for rows in sweep(known[types], shapes, tokens, group_of(known[types]), options.rest):
+        for rows in sweep(known[types], shapes, tokens, group_of(known[types]), options.rest, options.alone):
             record["rows"] += rows
             options.out.write_text(as_lines(record))  # after every shape, so that an interrupted run is not lost
 

@@ -29,9 +29,8 @@ from .timing import (
     TimedGraph,
     WeightKind,
     Weights,
-    alone_us,
-    alternate_us,
     ceiling_of,
+    compare_us,
     floor_us,
 )
 
@@ -49,8 +48,7 @@ ERROR_ROWS = 512  # of a result that are compared at a time
 class Plan:
     """What to time: shapes (N, K), numbers of tokens M, the activations' dtype, k that share a scale (-1: all).
 
-    ``rounds`` and ``rest`` are what ``timing.alternate_us`` takes, ``alone`` the seconds that ``timing.alone_us`` takes
-    instead; 0 times in turns.
+    ``rounds``, ``rest`` and ``alone`` are what ``timing.compare_us`` takes.
     """
 
     shapes: tuple[tuple[int, int], ...] = SHAPES
@@ -187,8 +185,7 @@ def _measure(
                 graphs[name] = graph
         except Exception as error:
             found[name] = _failure(name, error)
-    timed = list(graphs.values())  # ours first
-    times = alone_us(timed, plan.alone) if plan.alone else alternate_us(timed, plan.rounds, plan.rest)
+    times = compare_us(list(graphs.values()), plan.rounds, plan.rest, plan.alone)  # ours first, and alone last too
     for name, us in zip(graphs, times, strict=True):
         found[name] = Timing(us, found[name].error)
     clocks = _clocks(graphs[OURS], times[0], monitor) if monitor is not None and OURS in graphs else (None, None)

@@ -63,7 +63,7 @@ def add_heat_options(parser: argparse.ArgumentParser) -> None:
     heat.add_argument(
         "--rest",
         metavar="T",
-        type=rest_of,
+        type=_rest,
         default=0.0,
         help="idle after each replay for T times its duration: power then limits less (default: 0)",
     )
@@ -139,7 +139,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def rest_of(text: str) -> float:
+def _rest(text: str) -> float:
     """A value of ``--rest``, for argparse: see ``timing.alternate_us``."""
     value = float(text)
     if not 0 <= value <= 100:

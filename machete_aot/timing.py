@@ -150,6 +150,11 @@ def alone_us(graphs: Sequence[TimedGraph], seconds: float) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
+def compare_us(graphs: Sequence[TimedGraph], rounds: int, rest: float, alone: float) -> list[float]:
+    """Microseconds per call of each graph: ``alone_us`` of so many seconds, or with 0 ``alternate_us``."""
+    return alone_us(graphs, alone) if alone else alternate_us(graphs, rounds, rest)
+
+
 class Quantised(NamedTuple):
     """One copy of a layer's weights: codes, packed or prepacked, scales and zeros."""
 

@@ -105,7 +105,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that needs a device is replaced; times are 10, 20, 30, ... in the order of the graphs."""
     monkeypatch.setattr(timing, "TimedGraph", FakeGraph)
     monkeypatch.setattr(
-        bench, "alternate_us", lambda graphs, rounds, rest: [10.0 * (i + 1) for i in range(len(graphs))]
+        timing, "alternate_us", lambda graphs, rounds, rest: [10.0 * (i + 1) for i in range(len(graphs))]
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -292,7 +292,7 @@ def test_a_plan_of_stretches_is_not_timed_in_turns(no_gpu: None, monkeypatch: py
         asked.append(seconds)
         return [3.0] * len(graphs)
 
-    monkeypatch.setattr(bench, "alone_us", alone)
+    monkeypatch.setattr(timing, "alone_us", alone)
     (row,) = bench.run(replace(TINY, shapes=TINY.shapes[:1], tokens=TINY.tokens[:1], alone=0.25), [], device="cpu")
     assert asked == [0.25] and row.ours.us == 3.0
 
