@@ -82,17 +82,19 @@ def one_shape(run: Run) -> list[str]:
     ]
 
 
-def readme(run: Run) -> list[str]:
-    """The table of README.md: our time and cuBLAS's at SHAPE, and the mean speed-up."""
+def readme(run: Run, alone: Run) -> list[str]:
+    """The table of README.md: our time and cuBLAS's at SHAPE, and the mean speed-up, in turns and each on its own."""
 
     def short(us: float) -> str:
         return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
     rows = [row for row in run["rows"] if (row["n"], row["k"]) == SHAPE]
+    own = {mean["m"]: f"{mean['speedup']:.2f}" for mean in alone["means"]}
     return [
         line("machete-aot, us", *(short(row["us"]) for row in rows)),
         line("cuBLAS, bf16 weights, us", *(short(row["peers"]["cublas"]["us"]) for row in rows)),
         line("speed-up over the fastest, six shapes", *(f"{mean['speedup']:.2f}" for mean in run["means"])),
+        line("the same, each on its own", *(own.get(mean["m"], "") for mean in run["means"])),
     ]
 
 
@@ -202,13 +204,14 @@ def plot(run: Run, path: Path) -> None:
 def tables(folder: Path = RESULTS) -> dict[str, list[str]]:
     """Every table by what it shows; its lines stand so in README.md (the first) and docs/performance.md."""
     bf16, fp16, h200_run = (load(f"compare-{name}", folder) for name in ("h100-bf16", "h100-fp16", "h200-bf16"))
+    alone = load("compare-h100-bf16-alone", folder)
     groups = [load(f"compare-h100-bf16-{name}", folder) for name in ("group-64", "one-group")]
     return {
-        "README.md": readme(bf16),
+        "README.md": readme(bf16, alone),
         "8192 x 8192": one_shape(bf16),
         "all shapes": means(bf16, fp16, *groups),
         "a card that rests": by_tokens(load("compare-h100-bf16-rested", folder)),
-        "each on its own": by_tokens(load("compare-h100-bf16-alone", folder)),
+        "each on its own": by_tokens(alone),
         "H200": h200(h200_run),
         "other weights": other_weights(swept(folder)),
     }

@@ -44,6 +44,6 @@ def test_a_run_is_read_as_it_is() -> None:
         "| 8 | 200.0 | s | 1.0 | 150.0 | 150.0 cublas | 0.75 |",
     ]
     assert tables.slower(run) == ["8192 x 8192 at M = 8: 0.750"]
-    assert tables.readme(run)[0] == "| machete-aot, us | 2.0 | 200 |"
+    assert tables.readme(run, run)[0] == "| machete-aot, us | 2.0 | 200 |"
     assert tables.ratio({(1, 2, 3): 4.0}, {(1, 2, 3): 2.0, (1, 5, 6): 1.0}, 1) == "2.00"
     assert tables.ratio({}, {(1, 2, 3): 2.0}, 1) == ""
