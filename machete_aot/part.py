@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -20,12 +20,12 @@ class Part:
     """A GPU, as its driver describes it.
 
     ``clocks`` is asked where they are needed: a driver takes half a millisecond for each of the two, and the choice of
-    a schedule on a GPU that was measured needs neither.
+    a schedule on a GPU that was measured needs neither. GPUs of one name have the same ones, so they are not compared.
     """
 
     name: str
     sms: int
-    clocks: Callable[[], Clocks]
+    clocks: Callable[[], Clocks] = field(compare=False)
 
     @staticmethod
     def known(name: str, sms: int, clock_mhz: float, peak_bytes_per_us: float) -> Part:

@@ -15,6 +15,7 @@ from machete_aot.errors import CaptureError, DeviceError, DriverCallError, Incom
 from machete_aot.kernel import load_kernel
 from machete_aot.launch import Operands, Shape, multiply
 from machete_aot.manifest import kernel_id
+from machete_aot.part import Part
 from stub.bundles import BF16, FLAT, FP16, NARROW, WIDE, make_bundle, schedule
 from stub.harness import CARVEOUT, MAX_DYNAMIC_SHARED, Stub, in_child, stubbed
 
@@ -313,6 +314,7 @@ def test_clocks_are_asked_for_where_they_are_needed_and_once(stub: Stub) -> None
     assert stub.calls("cuDeviceGetAttribute") == asked
     assert (part.clock_mhz, part.peak_bytes_per_us) == (1980, 2 * 2619e6 * 5120 / 8 / 1e6)
     assert stub.calls("cuDeviceGetAttribute") == asked + 3
+    assert replace(part, clocks=Part.known("", 0, 0.0, 0.0).clocks) == part  # two GPUs of one name share what is kept
     assert replace(driver.device(0).part, sms=114).facts() == {**part.facts(), "sms": 114}
     assert stub.calls("cuDeviceGetAttribute") == asked + 3
 
