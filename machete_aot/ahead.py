@@ -48,7 +48,7 @@ def _prepare(index: int, b_name: str, a: str) -> None:
     loader.active()
     types = bundle.manifest.types_for(ProductTypes(a, b_name, "none", False))
     if types is not None:
-        _ = bundle.manifest.schedules_for(types)
+        _ = bundle.manifest.schedules
         selection.table_for(bundle.manifest, device.part, types.name)
 
 

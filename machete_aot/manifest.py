@@ -240,10 +240,6 @@ class Manifest:
     def _kernels_of(self, types_name: str) -> tuple[KernelInfo, ...]:
         return self._kernels_by_types.get(types_name, ()) if self._parts is None else self._parts.kernels(types_name)
 
-    @cached_property
-    def _schedules_by_types(self) -> dict[str, tuple[ScheduleInfo, ...]]:
-        return {}  # those that were asked for
-
     @property
     def compiled(self) -> tuple[KernelInfo | HelperInfo, ...]:
         """All that has a frame in the bundle, in its order: kernels, then helpers."""
@@ -299,10 +295,7 @@ class Manifest:
 
     def schedules_for(self, types: TypeConfig) -> tuple[ScheduleInfo, ...]:
         """Every schedule of these types, in manifest order; empty if there is none."""
-        found = self._schedules_by_types.get(types.name)
-        if found is None:
-            found = self._schedules_by_types[types.name] = tuple(s for s in self.schedules if types.name in s.types)
-        return found
+        return tuple(s for s in self.schedules if types.name in s.types)
 
     def schedules_of(self, kernel: KernelInfo) -> tuple[ScheduleInfo, ...]:
         """Every schedule that this kernel runs, in manifest order."""
